@@ -1,0 +1,60 @@
+# Everything a new machine needs is Python 3.11 or later, git and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# A folder of wheels that pip already knows of (pip config) is used for torch as well.
+WHEELS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+# On a machine without an accelerator: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH := $(shell grep '^torch==' locks/full.lock)
+TORCH_FROM := $(if $(WHEELS),--find-links $(WHEELS)) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: help install run test test-slow lint report clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make the virtual environment from the lock file
+
+$(VENV)/.installed: locks/full.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had: pip does it, slower"
+	grep -v '^torch==' locks/full.lock > $(VENV)/rest.lock
+	@echo "installing the locked packages (one to five minutes)"
+	@# uv takes seconds, pip minutes; pip also reads every index that pip is configured for.
+	{ test -x $(BIN)/uv \
+	  && $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(VENV)/rest.lock \
+	  && $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -c $(VENV)/rest.lock $(TORCH_FROM); } \
+	|| { $(BIN)/python -m pip install --quiet --no-compile --no-deps -r $(VENV)/rest.lock \
+	  && $(BIN)/python -m pip install --quiet --no-compile $(TORCH) -c $(VENV)/rest.lock $(TORCH_FROM); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+run: install  ## run the whole pipeline: both branches, from nothing to a promoted model
+	springhead run $(ARGS)
+
+test: install lint  ## run the checks and the default tests
+	python -m pytest
+
+test-slow: install  ## run the long learning tests as well
+	python -m pytest -m 'not gpu'
+
+lint: install  ## ruff, mypy, import layers, spelling
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	codespell
+
+report: install  ## build the static HTML report of what is there
+	springhead report
+
+clean:  ## remove temporary files; data, cache and ledger stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

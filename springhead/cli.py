@@ -1,0 +1,325 @@
+"""The command ``springhead``.
+
+Imports of anything heavy are inside the commands, so that ``--help`` answers at once. Exit codes:
+0 good, 1 a finding, 2 usage or bad input, 70 a fault of ours.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from springhead.errors import SpringheadError
+
+_INTERNAL_ERROR = 70
+_DEBUG = "SPRINGHEAD_DEBUG"
+
+
+class _Group(TyperGroup):
+    """Prints our errors as one line, and accepts ``--debug`` anywhere on the command line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--debug" in args:
+            os.environ[_DEBUG] = "1"
+            args = [arg for arg in args if arg != "--debug"]
+        return list(super().parse_args(ctx, args))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpringheadError as error:
+            _trace()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(130) from None
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):
+                raise
+            _trace()
+            hint = "" if _debug() else "; --debug shows where"
+            typer.echo(f"internal error: {type(error).__name__}: {error}{hint}", err=True)
+            raise typer.Exit(_INTERNAL_ERROR) from None
+
+
+def _debug() -> bool:
+    return os.environ.get(_DEBUG) == "1"
+
+
+def _trace() -> None:
+    if _debug():
+        traceback.print_exc()
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Data-centric pipelines whose every model can be traced to its source.",
+    epilog="--debug shows tracebacks. dvc, prefect and mlflow work beside this command as their users expect.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def _root() -> Path:
+    from springhead.home import repository
+
+    return repository()
+
+
+def _home(root: Path) -> Path:
+    from springhead.home import home
+
+    return home(root)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    # Without a terminal a narrow default would cut paths in the middle of a log line.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=False).print(renderable)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    short_help="Run what is not up to date, promote and report.",
+)
+def run(ctx: typer.Context) -> None:
+    """Hands over to ``python -m pipelines.run``, which knows the options."""
+    arguments = [sys.executable, "-m", "pipelines.run", *ctx.args, *(["--debug"] if _debug() else [])]
+    if not {"-h", "--help"} & set(ctx.args):
+        os.chdir(_root())
+    sys.stdout.flush()
+    os.execv(sys.executable, arguments)
+
+
+@app.command()
+def lineage(
+    ref: Annotated[
+        str,
+        typer.Argument(help="models:/NAME@champion, NAME/VERSION, a path, a stage, a digest (8+ digits) or row:ID."),
+    ],
+    as_json: AsJson = False,
+    rows: Annotated[bool, typer.Option("--rows", help="List the ids of all rows behind it, one per line.")] = False,
+) -> None:
+    """Show everything behind a model, or what became of a row."""
+    from springhead.lineage import query
+
+    if rows:
+        ids = query.rows_of(_root(), ref)
+        _print_json(ids) if as_json else typer.echo("\n".join(ids))
+        return
+    answer = query.lineage(_root(), ref)
+    if as_json:
+        _print_json(answer)
+        return
+    from springhead.lineage.tree import render
+
+    _print(render(answer))
+
+
+@app.command()
+def audit(
+    deep: Annotated[bool, typer.Option("--deep", help="Also hash every object in DVC's cache.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute every digest and compare all records."""
+    from springhead.lineage.audit import audit as examine
+    from springhead.lineage.workspace import RED
+
+    result = examine(_root(), deep, _counter())
+    if as_json:
+        _print_json(result.as_json())
+    else:
+        for problem in result.problems:
+            colour = "red" if problem.severity == RED else "yellow"
+            typer.secho(f"{problem.severity:<8}{problem.where}", fg=colour, bold=True)
+            typer.echo(f"        {problem.what}")
+            if problem.affects:
+                rest = f" and {len(problem.affects) - 3} more" if len(problem.affects) > 3 else ""
+                typer.echo(f"        affects {', '.join(problem.affects[:3])}{rest}")
+            typer.echo(f"        do: {problem.do}")
+        counts = ", ".join(f"{number} {check}" for check, number in sorted(result.checked.items()))
+        typer.echo(f"checked {counts}")
+        red = sum(problem.severity == RED for problem in result.problems)
+        state = f"{red} red, {len(result.problems) - red} warnings"
+        typer.secho(f"audit: {state}" if result.problems else "audit: green", fg="red" if red else "green", bold=True)
+    if result.red:
+        raise typer.Exit(1)
+
+
+def _counter() -> Any:
+    """Returns a progress callback for a terminal; logs need no line per file."""
+    if not sys.stderr.isatty():
+        return None
+    from springhead.progress import Progress
+
+    bar: list[Progress] = []
+
+    def advance(done: int, total: int) -> None:
+        if not bar:
+            bar.append(Progress(total, "hashing", "files"))
+        bar[0].advance(1)
+
+    return advance
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="A registered model that mlflow/gates.yaml has a gate for.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate the gate, change nothing.")] = False,
+) -> None:
+    """Make the best model that passes its gate the champion."""
+    from springhead import registry
+
+    root = _root()
+    typer.echo(str(registry.promote(name, root=root, home=_home(root), dry_run=dry_run)))
+
+
+@app.command()
+def report(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write to (default: report/).")] = None,
+) -> None:
+    """Write the static HTML report."""
+    from springhead.report import build
+
+    root = _root()
+    typer.echo(f"report: {build(root, _home(root), out)}")
+
+
+@app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without losing anything.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check environment and checkout, and say what to do."""
+    from springhead import doctor as physician
+
+    root = _root()
+    symptoms = physician.examine(root)
+    if fix:
+        for symptom in (s for s in symptoms if s.mend is not None):
+            assert symptom.mend is not None
+            symptom.mend()
+            typer.echo(f"mended: {symptom.what}")
+        symptoms = physician.examine(root)
+    if as_json:
+        _print_json([{"check": s.check, "severity": s.severity, "what": s.what, "do": s.do} for s in symptoms])
+    else:
+        colours = {physician.GOOD: "green", physician.WARNING: "yellow", physician.RED: "red"}
+        for symptom in symptoms:
+            typer.secho(f"{symptom.severity:<8}", fg=colours[symptom.severity], nl=False)
+            typer.echo(f"{symptom.check:<10}{symptom.what}" + (f"\n{'':18}do: {symptom.do}" if symptom.do else ""))
+    if any(symptom.severity == physician.RED for symptom in symptoms):
+        raise typer.Exit(1)
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """List the safe-RL tasks that are ready to run."""
+    from springhead.rl.tasks import TASKS
+
+    if as_json:
+        fields = ("env_id", "observation_dim", "action_dim", "horizon", "limits", "return_range", "cost_range")
+        _print_json({name: {field: getattr(task, field) for field in fields} for name, task in TASKS.items()})
+        return
+    from springhead.params import read_params
+
+    used = read_params(_root() / "params.yaml").get("rl", {}).get("tasks", [])
+    typer.echo(f"{'task':<14}{'environment':<28}{'obs':>4}{'act':>4}{'steps':>7}  cost limits")
+    for name, task in TASKS.items():
+        limits = ", ".join(f"{limit:g}" for limit in task.limits)
+        mark = "  (in params.yaml)" if name in used else ""
+        typer.echo(
+            f"{name:<14}{task.env_id:<28}{task.observation_dim:>4}{task.action_dim:>4}{task.horizon:>7}  {limits}{mark}"
+        )
+
+
+@app.command()
+def algorithms(as_json: AsJson = False) -> None:
+    """List algorithms and methods with their papers."""
+    found = _algorithms(Path(__file__).parent)
+    if as_json:
+        _print_json(found)
+        return
+    for entry in found:
+        typer.secho(entry["title"], bold=True)
+        typer.echo(f"    {entry['source']}\n    {entry['file']}")
+
+
+def _algorithms(package: Path) -> list[dict[str, str]]:
+    """Returns the modules whose header names a source, read without importing them."""
+    import ast
+
+    found = []
+    for folder in ("rl/online", "rl/offline", "llm"):
+        for path in sorted((package / folder).glob("*.py")):
+            header = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            title, _, rest = header.partition("\n")
+            paragraphs = [" ".join(part.split()) for part in rest.split("\n\n")]
+            source = next((p for p in paragraphs if p.startswith(("Source", "Paper"))), "")
+            if source:
+                file = f"springhead/{folder}/{path.name}"
+                found.append({"file": file, "title": title.rstrip("."), "source": source})
+    return found
+
+
+@app.command()
+def why(
+    stage: Annotated[str, typer.Argument(help="A stage such as rl-collect@BallCircle.")], as_json: AsJson = False
+) -> None:
+    """Say why a stage will run again."""
+    from springhead.lineage.why import why as compare
+
+    changes = compare(_root(), stage)
+    if as_json:
+        _print_json([{"kind": c.kind, "name": c.name, "what": c.what, "runs": c.runs} for c in changes])
+        return
+    for change in changes:
+        typer.echo(f"{change.kind:<10}{change.name}: {change.what}")
+    if not any(change.runs for change in changes):
+        typer.echo(f"{stage} is up to date")
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Show each stage's state, the champions, and what waits."""
+    from springhead.lineage.status import status as collect
+
+    root = _root()
+    state = collect(root, _home(root))
+    if as_json:
+        _print_json(state)
+        return
+    width = max((len(row["stage"]) for row in state["stages"]), default=0)
+    colours = {"up to date": "green", "changed": "yellow"}
+    for row in state["stages"]:
+        typer.echo(f"{row['stage']:<{width}}  ", nl=False)
+        typer.secho(f"{row['state']:<11}", fg=colours.get(row["state"]), nl=False)
+        typer.echo(f"{row['ran']:<21}{row['why']}")
+    for champion in state["champions"]:
+        typer.echo(f"champion {champion['model']}/{champion['version']}  {champion['digest'][:12]}")
+    typer.echo(f"ledger {state['ledger']} entries; {state['waiting']} executions wait for MLflow")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    try:
+        app(args=list(argv) if argv is not None else None, prog_name="springhead")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0

@@ -1,0 +1,227 @@
+"""Checks of the checkout and its environment, each with what to do about it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from springhead.environment import locked_packages
+from springhead.errors import BadInput
+from springhead.home import home as state_folder
+from springhead.lineage.dvcfiles import read_lock
+from springhead.lineage.ledger import Ledger
+
+GOOD, WARNING, RED = "good", "warning", "red"
+_LEAST_DISK = 2e9  # bytes; the quick profile writes well under 1 GB
+_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """The outcome of one check."""
+
+    check: str
+    severity: str
+    """``good``, ``warning`` or ``red``."""
+    what: str
+    do: str = ""
+    mend: Callable[[], None] | None = None
+    """Mends it without losing anything, where that is possible."""
+
+
+def examine(root: Path) -> list[Symptom]:
+    """Runs every check on a checkout; a check that finds nothing wrong says so."""
+    checks = (python, packages, shadowing, git, dvc, lock_file, rwlock, leftovers, ledger, spool, disk)
+    return [symptom for check in checks for symptom in check(root)]
+
+
+def python(root: Path) -> Iterator[Symptom]:
+    """Python is recent enough."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < _PYTHON:
+        yield Symptom("python", RED, f"Python {version}", "use Python 3.11 or later, then `make install`")
+    else:
+        yield Symptom("python", GOOD, f"Python {version}")
+
+
+def packages(root: Path) -> Iterator[Symptom]:
+    """The installed packages are those of the lock files."""
+    locks = sorted((root / "locks").glob("*.lock"))
+    if not locks:
+        yield Symptom("packages", WARNING, "locks/: no lock files", "restore them with `git checkout locks`")
+        return
+    wrong: dict[str, str] = {}
+    for lock in locks:
+        try:
+            wanted = locked_packages(lock)
+        except BadInput as error:
+            yield Symptom("packages", RED, str(error), f"`git checkout {lock.relative_to(root)}`")
+            continue
+        for name, version in wanted.items():
+            found = _version(name)
+            if found != version:
+                wrong[name] = f"{name} {found or 'is not installed'} (locked: {version})"
+    if wrong:
+        some = "; ".join(list(wrong.values())[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        yield Symptom("packages", RED, some, "`make install`")
+    else:
+        yield Symptom("packages", GOOD, f"as locked in {', '.join(lock.name for lock in locks)}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def shadowing(root: Path) -> Iterator[Symptom]:
+    """The folder mlflow/ holds no Python, which would hide the package of that name."""
+    modules = sorted((root / "mlflow").glob("*.py"))
+    if modules:
+        names = ", ".join(path.relative_to(root).as_posix() for path in modules)
+        yield Symptom("mlflow/", RED, f"{names} hides the package mlflow", "move the module elsewhere")
+
+
+def git(root: Path) -> Iterator[Symptom]:
+    """The checkout is under git, so that executions can name their commit."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    if done.returncode != 0:
+        yield Symptom("git", WARNING, "no commit here; receipts cannot name a revision", "`git init`, then commit")
+    else:
+        yield Symptom("git", GOOD, f"commit {done.stdout[:12]}")
+
+
+def dvc(root: Path) -> Iterator[Symptom]:
+    """DVC is initialised."""
+    if not (root / ".dvc" / "config").is_file():
+        yield Symptom("dvc", RED, ".dvc/config is missing", "`git checkout .dvc`, or `dvc init`")
+    else:
+        yield Symptom("dvc", GOOD, "initialised")
+
+
+def lock_file(root: Path) -> Iterator[Symptom]:
+    """``dvc.lock`` is whole."""
+    path = root / "dvc.lock"
+    if not path.exists():
+        yield Symptom("dvc.lock", WARNING, "nothing has run here yet", "`springhead run`, or `dvc pull` if shared")
+        return
+    if b"<<<<<<<" in path.read_bytes():
+        do = "`git checkout --ours dvc.lock`, then `dvc repro`: the run cache restores what was made"
+        yield Symptom("dvc.lock", RED, "holds an unresolved merge", do)
+        return
+    try:
+        yield Symptom("dvc.lock", GOOD, f"{len(read_lock(root))} stages")
+    except BadInput as error:
+        what, _, do = str(error).partition("; ")
+        yield Symptom("dvc.lock", RED, what, do)
+
+
+def _alive(pid: object) -> bool:
+    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
+
+
+def _dvc_processes(root: Path) -> list[str]:
+    """Returns the process ids of dvc commands that run in this checkout."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            here = (entry / "cwd").resolve().is_relative_to(root)
+        except OSError:  # ended in this moment, or another user's
+            continue
+        if here and any(Path(os.fsdecode(argument)).name == "dvc" for argument in arguments[:3]):
+            found.append(entry.name)
+    return sorted(found, key=int)
+
+
+def rwlock(root: Path) -> Iterator[Symptom]:
+    """DVC's lock on paths is readable and held by processes that live."""
+    path = root / ".dvc" / "tmp" / "rwlock"
+    if not path.exists():
+        return
+
+    def remove() -> None:
+        path.unlink(missing_ok=True)
+
+    try:
+        held = json.loads(path.read_text(encoding="utf-8") or "null")
+        if not isinstance(held, dict):
+            raise ValueError("not a mapping")
+        holders = [entry.get("write") for entry in held.values()] + [
+            r for e in held.values() for r in e.get("read", [])
+        ]
+        pids = {holder["pid"] for holder in holders if holder}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        # DVC writes this file in place, so a kill can leave half of it, which blocks all commands.
+        running = _dvc_processes(root)
+        first = f"wait for the dvc commands that run ({', '.join(running)}), then " if running else ""
+        do = f"{first}`springhead doctor --fix` removes it"
+        mend = None if running else remove
+        yield Symptom("rwlock", RED, ".dvc/tmp/rwlock is damaged; every dvc command will fail", do, mend)
+        return
+    dead = sorted(str(pid) for pid in pids if not _alive(pid))
+    if dead and len(dead) == len(pids):
+        what = f".dvc/tmp/rwlock is held by processes that are gone ({', '.join(dead)})"
+        yield Symptom("rwlock", WARNING, what, "DVC drops it by itself; `springhead doctor --fix` does so now", remove)
+
+
+def leftovers(root: Path) -> Iterator[Symptom]:
+    """No temporary outputs of killed stages lie about."""
+    for path in sorted((root / "data").glob("**/.*.tmp-*")):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and _alive(int(pid)):
+            continue
+
+        def remove(path: Path = path) -> None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+        where = path.relative_to(root).as_posix()
+        yield Symptom("leftovers", WARNING, f"{where} was left by a killed stage", "`springhead doctor --fix`", remove)
+
+
+def ledger(root: Path) -> Iterator[Symptom]:
+    """The ledger's chain is whole."""
+    book = Ledger(state_folder(root))
+    problems = book.verify()
+    for problem in problems:
+        do = "restore ledger.jsonl from a backup; `springhead audit` shows which models it concerns"
+        yield Symptom("ledger", RED, problem, do)
+    if not problems:
+        yield Symptom("ledger", GOOD, f"{len(book.entries())} entries, chain whole")
+
+
+def spool(root: Path) -> Iterator[Symptom]:
+    """MLflow has received what the stages recorded."""
+    from springhead import spool as recorder
+
+    home = state_folder(root)
+    waiting = recorder.waiting(home)
+
+    def replay() -> None:
+        from springhead import tracking
+
+        tracking.replay(home)
+
+    if waiting:
+        what = f"{len(waiting)} executions are not in MLflow yet"
+        yield Symptom("mlflow", WARNING, what, "the next run sends them; `springhead doctor --fix` does so now", replay)
+    else:
+        yield Symptom("mlflow", GOOD, "nothing waits to be sent")
+
+
+def disk(root: Path) -> Iterator[Symptom]:
+    """There is room for a run."""
+    free = shutil.disk_usage(root).free
+    if free < _LEAST_DISK:
+        do = "free space; `dvc gc --workspace` drops old versions from the cache"
+        yield Symptom("disk", WARNING, f"{free / 1e9:.1f} GB free", do)
+    elif not os.access(root, os.W_OK):
+        yield Symptom("disk", RED, f"{root} cannot be written", "change its owner or mode")
+    else:
+        yield Symptom("disk", GOOD, f"{free / 1e9:.0f} GB free")

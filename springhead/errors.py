@@ -1,0 +1,21 @@
+"""Errors that a user can act on.
+
+Every message names the file, key or id that is wrong and says what to do. The command line
+prints the message alone; a traceback is shown only with ``--debug``.
+"""
+
+
+class SpringheadError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+    exit_code = 2
+
+
+class BadInput(SpringheadError):
+    """A parameter, file or data set cannot be used as it is."""
+
+
+class Finding(SpringheadError):
+    """A check came out red: a failed verdict, a closed gate, an audit with findings."""
+
+    exit_code = 1

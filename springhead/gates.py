@@ -1,0 +1,286 @@
+"""The gates before promotion: a pure function of recorded evidence and ``mlflow/gates.yaml``.
+
+A registry sets an alias on anything. Here nothing is promoted unless the validation verdict is for
+the very data the model was trained on, the evaluation for this very model, the receipts form a
+chain of digests, every bound holds, and the current champion is not clearly better. What is judged
+is read by :mod:`springhead.evidence`; this module opens no file but the rules.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from springhead.errors import BadInput
+from springhead.evidence import Candidate, Evidence, Sources
+
+RULES = Path("mlflow/gates.yaml")
+_SEVERITIES = ("none", "warning", "critical")
+_LIMITS = ("lowest", "middle", "highest")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on one figure of the evaluation."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    not_below: str | None = None
+    """A reference whose figure, plus ``by``, is the lower bound."""
+    not_above: str | None = None
+    """A reference whose figure, plus ``by``, is the upper bound."""
+    by: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The gates of one family of registered models."""
+
+    family: str
+    name: str
+    """Name of the registered model, ``{item}`` standing for the task or student."""
+    verdict: str
+    evaluation: str
+    training_data: str
+    worst_severity: str
+    items: tuple[str, ...] | None
+    """The tasks or students that have a registered model; None for all that were evaluated."""
+    methods: tuple[str, ...] | None
+    """Methods or algorithms that may be promoted; None for all."""
+    limit: str | None
+    bounds: tuple[Bound, ...]
+    choose: str
+    margin: float
+
+    def item(self, name: str) -> str | None:
+        """Returns the item in the name of a registered model, or None if it is of another family."""
+        before, after = self.name.split("{item}")
+        fits = name.startswith(before) and name.endswith(after) and len(name) > len(before) + len(after)
+        item = name[len(before) : len(name) - len(after)]
+        return item if fits and (self.items is None or item in self.items) else None
+
+    def sources(self, item: str) -> Sources:
+        """Returns where the evidence for one item lies."""
+        verdict, evaluation = (path.replace("{item}", item) for path in (self.verdict, self.evaluation))
+        return Sources(verdict, evaluation, self.training_data, self.methods, self.limit)
+
+
+def _checked(block: Any, known: set[str], required: set[str], where: str) -> dict[str, Any]:
+    """Returns a mapping whose keys are all known and complete.
+
+    Raises:
+        BadInput: naming the unknown or missing keys.
+    """
+    if not isinstance(block, dict):
+        raise BadInput(f"{where}: expected a mapping, found {type(block).__name__}")
+    unknown, missing = sorted(set(map(str, block)) - known), sorted(required - set(block))
+    if unknown:
+        raise BadInput(f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}")
+    if missing:
+        raise BadInput(f"{where}: missing key {', '.join(missing)}")
+    return block
+
+
+def _bound(block: Any, where: str) -> Bound:
+    known = {field.name for field in fields(Bound)}
+    values = _checked(block, known, {"metric"}, where)
+    for key, value in values.items():
+        wanted = str if key in ("metric", "not_below", "not_above") else int | float
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise BadInput(f"{where}: {key} must be a {'name' if wanted is str else 'number'}, found {value!r}")
+    if not set(values) & {"at_least", "at_most", "not_below", "not_above"}:
+        raise BadInput(f"{where}: bounds nothing; give at_least, at_most, not_below or not_above")
+    return Bound(**values)
+
+
+def read_rules(root: Path) -> dict[str, Rules]:
+    """Reads ``mlflow/gates.yaml`` and returns the rules by family.
+
+    Raises:
+        BadInput: naming the key that is unknown, missing or of a wrong kind.
+    """
+    path = root / RULES
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; without gates nothing can be promoted") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML ({error})") from error
+    families = _checked(content, {"families"}, {"families"}, str(RULES))["families"]
+    if not isinstance(families, dict) or not families:
+        raise BadInput(f"{RULES}: families: expected at least one family of models")
+    return {str(family): _family(str(family), block) for family, block in families.items()}
+
+
+def _family(family: str, block: Any) -> Rules:
+    where = f"{RULES}: families.{family}"
+    known = {field.name for field in fields(Rules)} - {"family"}
+    values = dict(_checked(block, known, known, where))
+    for key in ("name", "verdict", "evaluation", "training_data", "worst_severity", "choose"):
+        if not isinstance(values[key], str):
+            raise BadInput(f"{where}.{key}: expected text, found {values[key]!r}")
+    for key in ("name", "evaluation"):
+        if values[key].count("{item}") != 1:
+            raise BadInput(f"{where}.{key}: must hold {{item}} once")
+    if values["worst_severity"] not in _SEVERITIES:
+        raise BadInput(f"{where}.worst_severity: must be one of {', '.join(_SEVERITIES)}")
+    if values["limit"] is not None and values["limit"] not in _LIMITS:
+        raise BadInput(f"{where}.limit: must be null or one of {', '.join(_LIMITS)}")
+    if not isinstance(values["margin"], int | float) or isinstance(values["margin"], bool) or values["margin"] < 0:
+        raise BadInput(f"{where}.margin: must be a number of 0 or more, found {values['margin']!r}")
+    for key in ("items", "methods"):
+        if values[key] != "all" and not isinstance(values[key], list):
+            raise BadInput(f"{where}.{key}: must be `all` or a list of names")
+        values[key] = None if values[key] == "all" else tuple(map(str, values[key]))
+    if not isinstance(values["bounds"], list) or not values["bounds"]:
+        raise BadInput(f"{where}.bounds: expected a list with at least one bound")
+    values["bounds"] = tuple(_bound(b, f"{where}.bounds[{i}]") for i, b in enumerate(values["bounds"]))
+    return Rules(family=family, **values)
+
+
+def rules_for(rules: Mapping[str, Rules], name: str) -> tuple[Rules, str]:
+    """Returns the rules and the item of a registered model's name.
+
+    Raises:
+        BadInput: if the name is of no family.
+    """
+    for family in rules.values():
+        item = family.item(name)
+        if item is not None:
+            return family, item
+    known = ", ".join(family.name.replace("{item}", "NAME") for family in rules.values())
+    raise BadInput(f"{name}: no gates for such a name in {RULES}; known are {known}")
+
+
+# -- judging --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The outcome of one gate for one candidate."""
+
+    name: str
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The outcome of all gates for all candidates of a registered model.
+
+    Attributes:
+        model: name of the registered model.
+        results: (candidate, its results), in the order of the evaluation.
+        chosen: the best candidate that passed every gate, or None.
+    """
+
+    model: str
+    results: list[tuple[Candidate, list[GateResult]]]
+    chosen: Candidate | None
+
+    def report(self) -> str:
+        """Returns what was found, one line per closed gate and candidate."""
+        lines = []
+        for candidate, gates in self.results:
+            closed = [gate for gate in gates if not gate.passed]
+            state = f"{len(closed)} of {len(gates)} gates closed" if closed else "passes every gate"
+            mark = "*" if self.chosen is not None and candidate.path == self.chosen.path else "-"
+            lines.append(f"{mark} {candidate.label} ({candidate.digest[:12]}): {state}")
+            lines += [f"    {gate.name}: {gate.reason}" for gate in closed]
+        return "\n".join(lines) or "no candidate: the evaluation lists no model that may be promoted"
+
+
+def judge(name: str, rules: Rules, evidence: Evidence) -> Judgement:
+    """Applies every gate to every candidate and chooses the best that passes all.
+
+    Args:
+        name: name of the registered model, for the report.
+        rules: its family's gates.
+        evidence: what is recorded about the candidates.
+    """
+    results = [(candidate, _gates(rules, evidence, candidate)) for candidate in evidence.candidates]
+    passed = [candidate for candidate, gates in results if all(gate.passed for gate in gates)]
+    # Equal figures are common with few problems; the label makes the choice the same every time.
+    best = min(passed, key=lambda c: (-c.figures[rules.choose], c.label), default=None)
+    return Judgement(name, results, best)
+
+
+def _gates(rules: Rules, evidence: Evidence, candidate: Candidate) -> list[GateResult]:
+    return [
+        _listed("model", candidate.model_problems, "the folder holds what was trained and evaluated"),
+        _data(rules, evidence, candidate),
+        _listed("receipts", [*evidence.ledger_problems, *candidate.chain_problems], "digests and ledger form a chain"),
+        *(_within(bound, evidence, candidate) for bound in rules.bounds),
+        _champion(rules, evidence, candidate),
+    ]
+
+
+def _listed(name: str, problems: list[str], fine: str) -> GateResult:
+    return GateResult(name, not problems, "; ".join(problems) or fine)
+
+
+def _data(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateResult:
+    """The verdict must be green enough, whole, and about the data that this model was trained on."""
+    verdict = evidence.verdict
+    if verdict is None:
+        return GateResult("verdict", False, f"no verdict at {evidence.sources.verdict}; run `dvc repro`")
+    problems = list(evidence.verdict_problems)
+    if candidate.data_digest is None:
+        problems.append(f"its training receipt names no data below {rules.training_data}")
+    elif verdict["data_digest"] != candidate.data_digest:
+        problems.append(
+            f"trained on the data {candidate.data_digest[:12]}, but the verdict is for {verdict['data_digest'][:12]}"
+        )
+    severity = str(verdict["severity"])
+    if severity not in _SEVERITIES or _SEVERITIES.index(severity) > _SEVERITIES.index(rules.worst_severity):
+        failed = [e["name"] for e in verdict.get("expectations", []) if not e["success"]]
+        problems.append(f"the verdict is red ({severity}): {', '.join(failed[:5]) or 'no expectation named'}")
+    if not verdict["success"] and severity == "none":
+        problems.append("the verdict says neither success nor how severe its failure is")
+    return _listed("verdict", problems, f"green for the data {str(candidate.data_digest)[:12]}")
+
+
+def _within(bound: Bound, evidence: Evidence, candidate: Candidate) -> GateResult:
+    """Checks one bound; a missing figure or reference closes the gate."""
+    name = f"bound {bound.metric}"
+    value = candidate.figures.get(bound.metric)
+    if value is None or value != value:
+        return GateResult(name, False, f"the evaluation has no figure {bound.metric} for this model")
+    reasons, passed = [], True
+    for low, kind in ((True, "not_below"), (False, "not_above")):
+        reference = getattr(bound, kind)
+        if reference is None:
+            continue
+        base = evidence.references.get(reference, {}).get(bound.metric)
+        if base is None:
+            return GateResult(name, False, f"the evaluation has no figure {bound.metric} for the reference {reference}")
+        edge = base + bound.by
+        passed &= value >= edge if low else value <= edge
+        plus = f" + {bound.by:g}" if bound.by else ""
+        reasons.append(f"{value:.4g}, must be {'≥' if low else '≤'} {edge:.4g} ({reference}{plus})")
+    if bound.at_least is not None:
+        passed &= value >= bound.at_least
+        reasons.append(f"{value:.4g}, must be ≥ {bound.at_least:g}")
+    if bound.at_most is not None:
+        passed &= value <= bound.at_most
+        reasons.append(f"{value:.4g}, must be ≤ {bound.at_most:g}")
+    return GateResult(name, passed, "; ".join(reasons))
+
+
+def _champion(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateResult:
+    """The candidate may not be worse than the current champion by more than the margin."""
+    champion, value = evidence.champion, candidate.figures.get(rules.choose)
+    if value is None or value != value:
+        return GateResult("champion", False, f"the evaluation has no figure {rules.choose} to choose by")
+    if champion is None:
+        return GateResult("champion", True, "there is no champion yet")
+    if champion.digest == candidate.digest:
+        return GateResult("champion", True, f"it is the champion (version {champion.version})")
+    standing = champion.figures.get(rules.choose)
+    if standing is None:
+        return GateResult("champion", True, f"version {champion.version} has no figure {rules.choose} to compare with")
+    reason = f"{rules.choose} {value:.4g} against {standing:.4g} of version {champion.version}, margin {rules.margin:g}"
+    return GateResult("champion", value >= standing - rules.margin, reason)

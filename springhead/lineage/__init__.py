@@ -1,0 +1,1 @@
+"""Digests, receipts, the ledger, and the questions that can be asked of them."""

@@ -1,0 +1,135 @@
+"""Why a stage will run again: its last receipt against the checkout as it is now."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from springhead.declared import Declared
+from springhead.errors import BadInput
+from springhead.lineage.digests import file_digest, tree_digest
+from springhead.lineage.receipts import read_receipts
+from springhead.params import lookup, read_params
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between what a stage last used and what is there now."""
+
+    kind: str
+    """``parameter``, ``data``, ``code``, ``lock``, ``output`` or ``receipt``."""
+    name: str
+    """The key or path."""
+    what: str
+    runs: bool
+    """Whether DVC will run the stage because of it."""
+
+
+def declared_stages(root: Path) -> dict[str, Declared]:
+    """Returns every stage that ``dvc.yaml`` declares, by name, as DVC itself reads it.
+
+    Raises:
+        BadInput: if DVC cannot read the file.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            stages = [stage for stage in repo.index.stages if hasattr(stage, "name")]
+            everything = tuple(sorted(_inside(out.fs_path, root) for out in repo.index.outs))
+            return {
+                stage.addressing: Declared(
+                    name=stage.addressing,
+                    dependencies=tuple(_inside(d.fs_path, root) for d in stage.deps if not hasattr(d, "params")),
+                    parameters=tuple(key for d in stage.deps for key in getattr(d, "params", ())),
+                    outputs=tuple(_inside(out.fs_path, root) for out in stage.outs),
+                    all_outputs=everything,
+                )
+                for stage in sorted(stages, key=lambda s: str(s.addressing))
+            }
+    except DvcException as error:
+        raise BadInput(f"{root}/dvc.yaml: DVC cannot read it ({error}); `dvc stage list` shows where") from error
+
+
+def _inside(path: str, root: Path) -> str:
+    return (root / path).relative_to(root).as_posix()
+
+
+def why(root: Path, stage: str) -> list[Change]:
+    """Returns what has changed since a stage last ran, most telling first; empty means nothing.
+
+    Raises:
+        BadInput: if ``dvc.yaml`` has no such stage.
+    """
+    declared = declared_stages(root)
+    if stage not in declared:
+        close = [name for name in declared if name.partition("@")[0] == stage.partition("@")[0]]
+        some = ", ".join((close or list(declared))[:6])
+        raise BadInput(f"{stage}: no such stage in dvc.yaml; there are {some} …" if some else f"{stage}: no stages")
+    return changes(root, declared[stage], read_receipts(root).get(stage), {})
+
+
+def changes(
+    root: Path, declared: Declared, receipt: Mapping[str, Any] | None, digests: dict[str, str | None]
+) -> list[Change]:
+    """Compares one receipt with the checkout.
+
+    Args:
+        root: the repository root.
+        declared: the stage as ``dvc.yaml`` has it.
+        receipt: its last receipt, or None if it never ran.
+        digests: digests by path that were computed already; more are added.
+    """
+    if receipt is None:
+        return [Change("receipt", declared.receipt, "the stage has not run in this checkout", True)]
+    found = _parameters(root, declared, receipt)
+    for path in sorted(set(declared.dependencies) | set(receipt["dependencies"])):
+        kind = "data" if path.startswith("data/") else "lock" if path.startswith("locks/") else "code"
+        before = receipt["dependencies"].get(path, {}).get("sha256")
+        if path not in declared.dependencies:
+            found.append(Change(kind, path, "is no dependency any more", True))
+        elif before is None:
+            found.append(Change(kind, path, "is a new dependency", True))
+        elif (now := _digest(root, path, digests)) != before:
+            found.append(Change(kind, path, "is missing" if now is None else "has changed", True))
+    for path, facts in receipt["outputs"].items():
+        now = _digest(root, path, digests)
+        if now != facts["sha256"]:
+            found.append(Change("output", path, "is missing" if now is None else "is not what the stage made", True))
+    covered = tuple(f"{path}/" for path in declared.dependencies)
+    for path, before in receipt["code"]["files"].items():
+        if path in declared.dependencies or path.startswith(covered):
+            continue
+        if not (root / path).is_file() or file_digest(root / path) != before:
+            found.append(Change("code", path, "has changed (harness: does not make the stage run again)", False))
+    return found
+
+
+def _parameters(root: Path, declared: Declared, receipt: Mapping[str, Any]) -> list[Change]:
+    values = read_params(root / "params.yaml")
+    found = []
+    for key in declared.parameters:
+        now = lookup(values, key, "params.yaml")
+        if key not in receipt["params"]:
+            found.append(Change("parameter", key, "is a new parameter", True))
+            continue
+        before = receipt["params"][key]
+        flat_before, flat_now = _flat(key, before), _flat(key, now)
+        for name in sorted(flat_before.keys() | flat_now.keys()):
+            old, new = flat_before.get(name, "(absent)"), flat_now.get(name, "(absent)")
+            if old != new:
+                found.append(Change("parameter", name, f"{old} → {new}", True))
+    return found
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {name: v for part, inner in value.items() for name, v in _flat(f"{key}.{part}", inner).items()}
+    return {key: value}
+
+
+def _digest(root: Path, path: str, known: dict[str, str | None]) -> str | None:
+    if path not in known:
+        known[path] = tree_digest(root / path) if (root / path).exists() else None
+    return known[path]

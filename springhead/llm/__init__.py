@@ -1,0 +1,1 @@
+"""Language-model branch: generated problems, their augmentation and filters, students, training, evaluation."""

@@ -1,0 +1,190 @@
+"""How right, and how consistently right, a model is over rewritings of the same problems.
+
+Premise-order and redundancy variants of a problem have one answer. Beside mean accuracy we therefore report, per
+MEND (arXiv 2502.17800): worst case (a problem counts only if all its variants are right), consistency (share of
+the most frequent answer over the variants, and how often all answers are equal), the histogram all right / mixed
+/ all wrong, and accuracy against Kendall's tau of the statement order (the axis of the premise-order papers).
+
+"Order variants" are a problem's rows without redundant statements; "all variants" include the redundant ones.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from springhead.errors import BadInput
+from springhead.llm.mend import final_answer
+
+Graded = dict[str, Any]
+"""An evaluation row with the model's `given` answer (None where it gave none) and `right`."""
+
+
+def grade(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Graded]:
+    """Compare each text's final answer with its row's, exactly.
+
+    Raises:
+        BadInput: there are not as many texts as rows.
+    """
+    if len(rows) != len(texts):
+        raise BadInput(f"{len(texts)} answers for {len(rows)} evaluation rows")
+    graded = []
+    for row, text in zip(rows, texts, strict=True):
+        given = final_answer(text)
+        graded.append({**row, "problem": row["parents"][0], "given": given, "right": given == str(row["answer"])})
+    return graded
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (95 % by default); (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    scale = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(values: Sequence[float], seed: int, draws: int = 1000) -> tuple[float, float]:
+    """95 % percentile interval of the mean, re-drawing whole problems (whose variants are not independent)."""
+    data = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
+    low, high = np.quantile(data[picks].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0
+
+
+def _by(rows: Iterable[Graded], key: Callable[[Graded], Any]) -> dict[Any, list[Graded]]:
+    groups: dict[Any, list[Graded]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(sorted(groups.items()))
+
+
+def order_name(row: Mapping[str, Any]) -> str:
+    """topological, random or reversed: the arrangement without the number of a random order."""
+    return str(row["arrangement"]).partition("-")[0]
+
+
+def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
+    """Worst case, consistency and histogram over the variants of each problem in these rows.
+
+    Returns:
+        accuracy (mean over rows), worst_case, consistency (mean share of the modal answer), all_equal, all_right,
+        mixed, all_wrong: shares in 0..1 of the problems. A missing answer is an answer of its own.
+    """
+    groups = list(_by(rows, lambda r: r["problem"]).values())
+    right = [[row["right"] for row in group] for group in groups]
+    modal = [Counter(row["given"] for row in group).most_common(1)[0][1] / len(group) for group in groups]
+    worst = _share(all(flags) for flags in right)
+    wrong = _share(not any(flags) for flags in right)
+    return {
+        "accuracy": _share(row["right"] for row in rows),
+        "worst_case": worst,
+        "consistency": sum(modal) / len(modal) if modal else 0.0,
+        "all_equal": _share(share == 1.0 for share in modal),
+        "all_right": worst,
+        "mixed": 1.0 - worst - wrong if groups else 0.0,
+        "all_wrong": wrong,
+    }
+
+
+def accuracy_by_order(rows: Sequence[Graded]) -> list[dict[str, Any]]:
+    """Accuracy with Wilson's interval for each split, order and number of redundant statements."""
+    table = []
+    for (split, redundancy, order), group in _by(rows, lambda r: (r["split"], r["redundancy"], order_name(r))).items():
+        right = sum(row["right"] for row in group)
+        low, high = wilson(right, len(group))
+        taus = [float(row["kendall_tau"]) for row in group]
+        table.append(
+            {
+                "split": split,
+                "redundancy": int(redundancy),
+                "order": order,
+                "rows": len(group),
+                "kendall_tau": sum(taus) / len(taus),
+                "accuracy": right / len(group),
+                "low": low,
+                "high": high,
+            }
+        )
+    return table
+
+
+def split_metrics(rows: Sequence[Graded], seed: int) -> dict[str, Any]:
+    """All metrics of one split's graded rows.
+
+    Returns:
+        The figures of `over_variants` for the order variants; `worst_case_interval` (bootstrap over problems);
+        the same figures over all variants under `all_variants`; accuracy by `order`, `redundancy`, `ops`, `depth`
+        and `family`; `order_drop` = accuracy(topological) - accuracy(reversed), order variants only.
+    """
+    plain = [row for row in rows if row["redundancy"] == 0]
+    if not plain:
+        raise BadInput("evaluation rows without redundancy are missing; re-run the generate stage")
+    metrics: dict[str, Any] = dict(over_variants(plain))
+    worst = [float(all(r["right"] for r in group)) for group in _by(plain, lambda r: r["problem"]).values()]
+    metrics["worst_case_interval"] = list(bootstrap(worst, seed))
+    metrics["problems"] = len(worst)
+    metrics["all_variants"] = over_variants(rows)
+
+    def shares(chosen: Sequence[Graded], key: Callable[[Graded], Any]) -> dict[str, float]:
+        return {str(name): _share(r["right"] for r in group) for name, group in _by(chosen, key).items()}
+
+    by_order = shares(plain, order_name)
+    metrics["order"] = by_order
+    metrics["order_drop"] = by_order.get("topological", 0.0) - by_order.get("reversed", 0.0)
+    metrics["redundancy"] = shares(rows, lambda r: r["redundancy"])
+    for name in ("ops", "depth", "family"):
+        metrics[name] = shares(plain, lambda r, key=name: r[key])  # type: ignore[misc]
+    return metrics
+
+
+def model_metrics(rows: Sequence[Graded], seed: int) -> dict[str, dict[str, Any]]:
+    """`split_metrics` of every split."""
+    return {str(split): split_metrics(group, seed) for split, group in _by(rows, lambda r: r["split"]).items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, sample standard deviation (0 for a single value), minimum and maximum."""
+    data = np.asarray(values, dtype=np.float64)
+    return {
+        "mean": float(data.mean()),
+        "std": float(data.std(ddof=1)) if len(data) > 1 else 0.0,
+        "min": float(data.min()),
+        "max": float(data.max()),
+        "seeds": len(data),
+    }
+
+
+SIDE_BY_SIDE = ("accuracy", "worst_case", "consistency", "all_equal", "all_right", "mixed", "all_wrong", "order_drop")
+
+
+def side_by_side(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and spread over seeds of each method, by split.
+
+    Args:
+        models: entries with `method` and `metrics` (of `model_metrics`).
+
+    Returns:
+        {split: {method: {metric: spread, "worst_case_all_variants": spread, "order": {name: spread}}}}.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    splits = sorted({split for model in models for split in model["metrics"]})
+    methods = sorted({str(model["method"]) for model in models}, key=lambda m: (m != "base", m != "sft", m))
+    for split in splits:
+        for method in methods:
+            runs = [m["metrics"][split] for m in models if m["method"] == method]
+            cell: dict[str, Any] = {name: spread([run[name] for run in runs]) for name in SIDE_BY_SIDE}
+            cell["worst_case_all_variants"] = spread([run["all_variants"]["worst_case"] for run in runs])
+            orders = sorted({order for run in runs for order in run["order"]})
+            cell["order"] = {order: spread([run["order"][order] for run in runs]) for order in orders}
+            table.setdefault(split, {})[method] = cell
+    return table

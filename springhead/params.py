@@ -1,0 +1,166 @@
+"""Parameters: a block of ``params.yaml`` read strictly into a frozen dataclass.
+
+An unknown key, a missing key or a wrong type is an error that names the key, because a
+parameter that is silently ignored is a false statement about how a model was made.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from springhead.errors import BadInput
+
+P = TypeVar("P")
+
+
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe YAML loader that reads ``1e-6`` as a number, as DVC does; PyYAML alone reads text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_params(path: Path | str) -> dict[str, Any]:
+    """Reads a parameter file.
+
+    Raises:
+        BadInput: if it is missing, not valid YAML, or not a mapping.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; restore it with `git checkout`") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: expected a mapping of parameters at the top level")
+    return values
+
+
+def lookup(values: Mapping[str, Any], key: str, where: str) -> Any:
+    """Returns the value at a dotted key.
+
+    Raises:
+        BadInput: naming the first part of the key that is not there.
+    """
+    here: Any = values
+    for depth, part in enumerate(parts := key.split("."), start=1):
+        if not isinstance(here, Mapping) or part not in here:
+            raise BadInput(f"{where}: missing key '{'.'.join(parts[:depth])}'; add it")
+        here = here[part]
+    return here
+
+
+def load(cls: type[P], values: Any, where: str) -> P:
+    """Makes a dataclass from a mapping, checking every key and type.
+
+    Args:
+        cls: a (frozen) dataclass; nested dataclasses, ``X | None``, ``Literal``, ``tuple``,
+            ``list`` and ``dict`` fields are understood.
+        values: the mapping read from YAML.
+        where: how errors name the place, for example ``params.yaml: rl.collect``.
+
+    Raises:
+        BadInput: naming the key that is unknown, missing, of a wrong type or out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise BadInput(f"{where}: expected a mapping of parameters, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(fields)}"
+            raise BadInput(f"{where}.{key}: unknown parameter{hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise BadInput(f"{where}.{missing[0]}: missing parameter; add it")
+    made = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**made)
+    except ValueError as error:  # range checks of __post_init__
+        raise BadInput(f"{where}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Converts one YAML value to an annotated type, or raises BadInput naming ``where``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return load(kind, value, where)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(arguments, value, where)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise BadInput(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+    if origin in (tuple, list):
+        return _convert_sequence(origin, arguments, value, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    name = getattr(kind, "__name__", str(kind))
+    raise BadInput(f"{where}: expected {name}, found {value!r} ({type(value).__name__})")
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    problems = []
+    for option in arguments:
+        if option is type(None):
+            continue
+        try:
+            return _convert(option, value, where)
+        except BadInput as error:
+            problems.append(str(error))
+    raise BadInput(problems[0] if problems else f"{where}: expected null, found {value!r}")
+
+
+def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise BadInput(f"{where}: expected a list, found {value!r}")
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(arguments) != len(value):
+            raise BadInput(f"{where}: expected {len(arguments)} items, found {len(value)}")
+        kinds: tuple[Any, ...] = arguments
+    else:
+        kinds = (arguments[0] if arguments else Any,) * len(value)
+    items = [_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+    return origin(items)
+
+
+def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns ``base`` with the leaves of ``changes`` put over it; null takes a whole mapping away.
+
+    Raises:
+        BadInput: if ``changes`` names a key that ``base`` does not have.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        if key not in base:
+            close = difflib.get_close_matches(str(key), list(base), n=1)
+            raise BadInput(f"{where}: unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        if value is None and isinstance(base[key], Mapping):
+            del merged[key]
+            continue
+        both = isinstance(value, Mapping) and isinstance(base[key], Mapping)
+        merged[key] = overlay(base[key], value, f"{where}.{key}") if both else value
+    return merged

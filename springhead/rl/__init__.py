@@ -1,0 +1,1 @@
+"""The safe reinforcement-learning half of the library: tasks, environments, data, algorithms, evaluation."""

@@ -1,0 +1,205 @@
+"""Reading the model registry: which versions there are, what they hold, and what they really hold.
+
+A version says by tags which model it is; :func:`content` and :func:`download` look at the bytes.
+"""
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from springhead import signing, tracking
+from springhead.errors import BadInput
+from springhead.lineage.digests import tree_digest
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, PREVIOUS = "champion", "previous"
+DIGEST, WITHIN, AT = "model.sha256", "model.within", "model.path"
+_REFERENCE = re.compile(r"([^/@:]+)(?:@([\w-]+)|/(\d+))")
+_DIGITS = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model.
+
+    Attributes:
+        name: name of the registered model.
+        version: number of the version.
+        digest: digest of the model folder, by the version's tag; empty if it has none.
+        aliases: aliases on the version.
+        tags: all tags of the version.
+        stage: the DVC stage that made the model.
+        path: where the model folder lies in the repository.
+        within: where it lies inside what MLflow stores; ``.`` if it is all of it.
+        run: the MLflow run that made it, or None.
+    """
+
+    name: str
+    version: str
+    digest: str
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+    stage: str
+    path: str
+    within: str
+    run: str | None
+
+
+def aliases_of(client: "MlflowClient", name: str) -> dict[str, str]:
+    """Returns the version that each alias of a registered model is on."""
+    return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+
+def content(client: "MlflowClient", name: str, version: str) -> str | None:
+    """Returns the digest of the model folder that MLflow really holds for a version, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_model_version(name, version)
+        with tempfile.TemporaryDirectory() as temporary:
+            return tree_digest(_download(found, Path(temporary)))
+    except (MlflowException, OSError, BadInput):
+        return None
+
+
+def _download(version: "ModelVersion", target: Path) -> Path:
+    import mlflow
+
+    where: str = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target))
+    inside: Path = Path(where) / version.tags.get(WITHIN, ".")
+    if Path(where).resolve() not in (inside.resolve(), *inside.resolve().parents):
+        raise BadInput(f"{version.name}/{version.version}: its tag {WITHIN} leads out of the model; promote it again")
+    return inside
+
+
+def download(home: Path, ref: str, target: Path) -> Path:
+    """Downloads the model folder of a registered version, checked against digest and signature.
+
+    Args:
+        home: the state folder.
+        ref: any reference that :func:`resolve` takes and that is registered.
+        target: a folder to make, or an empty one.
+
+    Returns:
+        The model folder, which is ``target`` or lies inside it.
+
+    Raises:
+        BadInput: if the reference is unknown, or the folder is not empty.
+        Finding: if what MLflow holds is not the model that was signed at its promotion.
+    """
+    found = resolve(home, ref)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(f"{target}: not an empty folder; name a new one to download into")
+    target.mkdir(parents=True, exist_ok=True)
+    folder = _download(tracking.connect(home).get_model_version(found.name, found.version), target)
+    signing.verify(folder, home, found.digest)
+    return folder
+
+
+def _registered(version: "ModelVersion", aliases: dict[str, str]) -> Registered:
+    tags = {str(key): str(value) for key, value in version.tags.items()}
+    number = str(version.version)
+    return Registered(
+        name=version.name,
+        version=number,
+        digest=tags.get(DIGEST, ""),
+        aliases=tuple(sorted(alias for alias, on in aliases.items() if on == number)),
+        tags=tags,
+        stage=tags.get("dvc.stage", ""),
+        path=tags.get(AT, ""),
+        within=tags.get(WITHIN, "."),
+        run=version.run_id or None,
+    )
+
+
+def champions(home: Path) -> list[Registered]:
+    """Returns every version that carries the alias ``champion``, by name, whoever set it.
+
+    Raises:
+        BadInput: if MLflow cannot be reached.
+    """
+    if not _has_store(home):
+        return []
+    client = tracking.connect(home)
+    found = []
+    for model in sorted(client.search_registered_models(max_results=1000), key=lambda model: str(model.name)):
+        aliases = aliases_of(client, model.name)
+        if CHAMPION in aliases:
+            found.append(_registered(client.get_model_version(model.name, aliases[CHAMPION]), aliases))
+    return found
+
+
+def _has_store(home: Path) -> bool:
+    """Whether there is a store to ask; asking SQLite for one would take seconds to make it."""
+    store = tracking.uri(home)
+    return not store.startswith("sqlite:///") or Path(store.removeprefix("sqlite:///")).is_file()
+
+
+def resolve(home: Path, ref: str) -> Registered:
+    """Finds a registered version.
+
+    Args:
+        home: the state folder.
+        ref: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, the same without ``models:/``, or
+            at least eight digits of a model's digest.
+
+    Raises:
+        BadInput: if there is no such version, or MLflow cannot be reached.
+    """
+    if not _has_store(home):
+        raise BadInput(f"{ref}: nothing is registered yet; run `springhead promote NAME`")
+    client = tracking.connect(home)
+    plain = ref.removeprefix("models:/")
+    if _DIGITS.fullmatch(plain):
+        return _by_digest(client, plain)
+    match = _REFERENCE.fullmatch(plain)
+    if match is None:
+        raise BadInput(f"{ref}: not a reference; use models:/NAME@ALIAS, models:/NAME/VERSION or a digest")
+    return _by_name(client, ref, match[1], match[2], match[3])
+
+
+def _by_name(client: "MlflowClient", ref: str, name: str, alias: str | None, version: str | None) -> Registered:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        aliases = aliases_of(client, name)
+    except MlflowException:
+        known = sorted(str(model.name) for model in client.search_registered_models(max_results=1000))
+        raise BadInput(f"{ref}: no registered model {name}; there are {', '.join(known) or 'none'}") from None
+    if alias is not None:
+        if alias not in aliases:
+            raise BadInput(f"{ref}: {name} has no alias {alias}; it has {', '.join(sorted(aliases)) or 'none'}")
+        version = aliases[alias]
+    try:
+        return _registered(client.get_model_version(name, str(version)), aliases)
+    except MlflowException:
+        raise BadInput(f"{ref}: {name} has no version {version}") from None
+
+
+def _by_digest(client: "MlflowClient", prefix: str) -> Registered:
+    versions = [
+        v for v in client.search_model_versions(max_results=10_000) if v.tags.get(DIGEST, "").startswith(prefix)
+    ]
+    if not versions:
+        raise BadInput(f"{prefix}: no registered model has this digest; run `springhead promote NAME`")
+    if len({v.tags[DIGEST] for v in versions}) > 1:
+        raise BadInput(f"{prefix}: several models begin like this; give more digits")
+    newest = max(versions, key=lambda v: int(v.version))
+    return _registered(newest, aliases_of(client, newest.name))
+
+
+def versions_of(home: Path, name: str) -> list[Registered]:
+    """Returns all versions of a registered model, oldest first.
+
+    Raises:
+        BadInput: if MLflow cannot be reached.
+    """
+    client = tracking.connect(home)
+    found = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version))
+    aliases = aliases_of(client, name) if found else {}
+    return [_registered(version, aliases) for version in found]

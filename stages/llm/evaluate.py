@@ -1,0 +1,223 @@
+"""Evaluate a student and everything fine-tuned from it on the rewritings of unseen problems.
+
+Writes `answers.parquet` (every answer of every model), `summary.json` (all metrics by model, and mean and spread
+over seeds by method), `leaderboard.csv`, `accuracy_by_order.csv` and two figures. The stage metrics are those of
+the main split.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_jsonl, write_json
+from springhead.lineage.digests import tree_digest
+from springhead.llm import evaluation, generation, plots, students
+from springhead.progress import Progress
+from springhead.stage import Stage, run_stage
+from springhead.tables import write_table
+
+ANSWERS = pa.schema(
+    [
+        ("row", pa.string()),
+        ("problem", pa.string()),
+        ("model", pa.string()),
+        ("method", pa.string()),
+        ("seed", pa.int64()),
+        ("split", pa.string()),
+        ("variant", pa.int64()),
+        ("arrangement", pa.string()),
+        ("redundancy", pa.int64()),
+        ("text", pa.string()),
+        ("given", pa.string()),
+        ("answer", pa.string()),
+        ("right", pa.bool_()),
+    ]
+)
+BASE_SEED = -1
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """How to examine one student."""
+
+    problems: int
+    """Problems of each split, from the start of the file, each with all its variants; 0 for all."""
+    redundant: bool
+    """Whether to ask the variants with redundant statements too."""
+    max_new_tokens: int
+    """Longest answer in tokens."""
+    batch_rows: int
+    """Rows decoded together."""
+    device: students.Device
+    """cpu, cuda or auto. Only the CPU promises equal bytes."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters `llm.evaluate`."""
+
+    main_split: str
+    """The split that the stage metrics, `methods` of the summary and the figures show."""
+    students: dict[str, Exam]
+    """By student."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to examine; `seed` is -1 for the base."""
+
+    method: str
+    seed: int
+    folder: Path
+
+
+def candidates(base: Path, tuned: Sequence[Path]) -> list[Candidate]:
+    """The base, then every `<method>/<seed>/model` folder at or below the given ones, by method and seed.
+
+    Raises:
+        BadInput: there is no fine-tuned model.
+    """
+    found = set()
+    for root in tuned:
+        for config in root.rglob("model/config.json"):
+            folder = config.parent
+            if not any(part.startswith(".") for part in folder.relative_to(root).parts):
+                found.add(folder)
+    if not found:
+        raise BadInput("no fine-tuned model among the dependencies; run the finetune stage")
+    models = [Candidate(f.parent.parent.name, int(f.parent.name), f) for f in sorted(found)]
+    models.sort(key=lambda c: (c.method != "sft", c.method, c.seed))
+    return [Candidate("base", BASE_SEED, base), *models]
+
+
+def exam_rows(path: Path, exam: Exam) -> list[Row]:
+    """The evaluation rows to ask: all variants of the first problems of each split."""
+    chosen: list[Row] = []
+    seen: dict[str, dict[str, None]] = {}
+    for row in read_jsonl(path):
+        mine = seen.setdefault(row["split"], {})
+        mine.setdefault(row["parents"][0])
+        position = list(mine).index(row["parents"][0]) if exam.problems else 0
+        if (not exam.problems or position < exam.problems) and (exam.redundant or row["redundancy"] == 0):
+            chosen.append(row)
+    if not chosen:
+        raise BadInput(f"{path}: no evaluation rows; re-run the filter stage with looser rules")
+    return chosen
+
+
+def examine(candidate: Candidate, rows: Sequence[Row], exam: Exam, bar: Progress) -> tuple[list[str], list[Any]]:
+    """A model's answers and their grades."""
+    model, tokenizer = students.load(candidate.folder, exam.device)
+    decoding = generation.Decoding(exam.max_new_tokens, exam.batch_rows)
+    texts = generation.generate(model, tokenizer, [row["prompt"] for row in rows], decoding, bar)
+    return texts, evaluation.grade(rows, texts)
+
+
+def answer_columns(candidate: Candidate, digest: str, texts: Sequence[str], graded: Sequence[Row]) -> dict[str, Any]:
+    """One model's part of `answers.parquet`."""
+    columns: dict[str, Any] = {name: [row[name] for row in graded] for name in ANSWERS.names if name in graded[0]}
+    same = {"model": digest, "method": candidate.method, "seed": candidate.seed}
+    columns |= {name: [value] * len(graded) for name, value in same.items()}
+    return columns | {"row": [row["id"] for row in graded], "text": list(texts)}
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a header; numbers with six digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def leaderboard(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line per split and model, the best worst case first."""
+    names = ("worst_case", "accuracy", "consistency", "all_equal", "all_right", "mixed", "all_wrong", "order_drop")
+    lines = []
+    for model in models:
+        for split, metrics in model["metrics"].items():
+            line = {"split": split, "method": model["method"], "seed": model["seed"]}
+            line |= {name: metrics[name] for name in names}
+            low, high = metrics["worst_case_interval"]
+            lines.append(line | {"worst_case_low": low, "worst_case_high": high, "model": model["digest"][:12]})
+    return sorted(lines, key=lambda line: (line["split"], -line["worst_case"], line["method"], line["seed"]))
+
+
+def compact(table: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """The stage metrics: a few figures per method, and by how much MEND leads where it was trained."""
+    cells = table[split]
+    names = ("worst_case", "accuracy", "consistency", "order_drop")
+    values: dict[str, Any] = {
+        method: {name: cell[name]["mean"] for name in names} | {"worst_case_std": cell["worst_case"]["std"]}
+        for method, cell in cells.items()
+    }
+    for other in ("base", "sft"):
+        if "mend" in cells and other in cells:
+            lead = cells["mend"]["worst_case"]["mean"] - cells[other]["worst_case"]["mean"]
+            values[f"mend_lead_over_{other}"] = lead
+    return values
+
+
+def run(stage: Stage[Params]) -> None:
+    """Ask every model every row, grade, summarise, draw."""
+    student, split = stage.item["student"], stage.params.main_split
+    if student not in stage.params.students:
+        raise BadInput(f"params.yaml: llm.evaluate.students: no settings for {student!r}; add a block")
+    exam = stage.params.students[student]
+    rows = exam_rows(stage.input("filter") / "eval.jsonl", exam)
+    if split not in (known := sorted({str(row["split"]) for row in rows})):
+        raise BadInput(f"params.yaml: llm.evaluate.main_split: no rows of split {split!r}; there are {known}")
+    found = candidates(stage.input("students"), stage.inputs("finetune"))
+    columns: dict[str, list[Any]] = {name: [] for name in ANSWERS.names}
+    models: list[dict[str, Any]] = []
+    by_order: list[dict[str, Any]] = []
+    with stage.progress(len(found) * len(rows), f"{student}", "answers") as bar:
+        for candidate in found:
+            digest = tree_digest(candidate.folder)
+            texts, graded = examine(candidate, rows, exam, bar)
+            for name, values in answer_columns(candidate, digest, texts, graded).items():
+                columns[name] += values
+            who = {"method": candidate.method, "seed": candidate.seed}
+            by_order += [{**who, **line} for line in evaluation.accuracy_by_order(graded)]
+            path = candidate.folder.relative_to(stage.root).as_posix()
+            metrics = evaluation.model_metrics(graded, stage.seed)
+            models.append({**who, "path": path, "digest": digest, "metrics": metrics})
+    write_results(stage, student, columns, models, by_order)
+
+
+def write_results(
+    stage: Stage[Params],
+    student: str,
+    columns: Mapping[str, list[Any]],
+    models: Sequence[Mapping[str, Any]],
+    by_order: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write tables, summary and figures, and report the metrics."""
+    out, split = stage.out, stage.params.main_split
+    write_table(out / "answers.parquet", columns, ANSWERS)
+    table = evaluation.side_by_side(models)
+    flat = [{**m, "metrics": m["metrics"][split], "splits": m["metrics"]} for m in models]
+    write_json(
+        out / "summary.json",
+        {"student": student, "main_split": split, "models": flat, "methods": table[split], "splits": table},
+    )
+    write_csv(out / "leaderboard.csv", leaderboard(models))
+    write_csv(out / "accuracy_by_order.csv", by_order)
+    plots.accuracy_by_order(out / "accuracy_by_order.png", table[split], f"{student}: unseen problems ({split})")
+    plots.histogram(out / "histogram.png", table[split], f"{student}: over the orders of a problem ({split})")
+    stage.metrics(compact(table, split))
+
+
+def main() -> None:
+    """Entry of the DVC stage."""
+    run_stage(run, Params)
+
+
+if __name__ == "__main__":
+    main()

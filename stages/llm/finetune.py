@@ -1,0 +1,121 @@
+"""Fine-tune a student on the rows of one method (sft, mend, rc-aug), with one seed.
+
+Writes `model/`, a Hugging Face folder in the number format of the student (LoRA merged in), and `history.csv`.
+All methods of a student share steps and tokens per step: they differ in the rows alone.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_jsonl
+from springhead.llm import sft, students
+from springhead.llm.packing import Overlong, encode_rows
+from springhead.stage import Stage, run_stage
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune one student."""
+
+    sft: sft.SftConfig
+    """The training run."""
+    max_length: int
+    """Longest row in tokens."""
+    overlong: Overlong
+    """What to do with a longer one: drop, truncate or error. Drops and cuts are counted in the metrics."""
+    max_rows: int
+    """Use only the first rows of the method; 0 for all."""
+    eval_rows: int
+    """Evaluation rows that the evaluation loss is measured on, spread evenly over the file; 0 for none."""
+    device: students.Device
+    """cpu, cuda or auto. Only the CPU promises equal bytes."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters `llm.finetune`."""
+
+    students: dict[str, Tuning]
+    """By student."""
+
+
+Row = Mapping[str, Any]
+
+
+def rows_of(path: Path, method: str, limit: int) -> list[Row]:
+    """The rows of a method in file order.
+
+    Raises:
+        BadInput: the file has none (the message names the methods it has).
+    """
+    rows: list[Row] = list(read_jsonl(path))
+    chosen = [row for row in rows if row.get("method") == method]
+    if not chosen:
+        known = ", ".join(sorted({str(row.get("method")) for row in rows})) or "none"
+        raise BadInput(f"{path}: no rows of method {method!r}; methods in the file: {known}")
+    return chosen[:limit] if limit else chosen
+
+
+def spread_evenly(rows: Sequence[Row], count: int) -> list[Row]:
+    """`count` rows at even distances (all, if there are fewer)."""
+    if count >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def write_history(path: Path, history: sft.History) -> None:
+    """One line per step; the evaluation loss is empty where it was not measured."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        for line in history:
+            shown = {name: int(value) if name in ("step", "tokens") else f"{value:.6g}" for name, value in line.items()}
+            writer.writerow(shown | ({"eval_loss": ""} if line["eval_loss"] < 0 else {}))
+
+
+def run(stage: Stage[Params]) -> None:
+    """Read the rows, train, save the model."""
+    student, method, seed = (stage.item[name] for name in ("student", "method", "seed"))
+    if student not in stage.params.students:
+        raise BadInput(f"params.yaml: llm.finetune.students: no settings for {student!r}; add a block")
+    tuning = stage.params.students[student]
+    source, data = stage.input("students"), stage.input("filter")
+    model, tokenizer = students.load(source, tuning.device)
+    rows = rows_of(data / "train.jsonl", method, tuning.max_rows)
+    examples, counts = encode_rows(rows, tokenizer, tuning.max_length, tuning.overlong)
+    held_out = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.eval_rows)
+    held_out_examples = encode_rows(held_out, tokenizer, tuning.max_length, tuning.overlong)[0] if held_out else []
+    with stage.progress(tuning.sft.steps, f"{student} {method} seed {seed}", "step") as bar:
+        trained, history = sft.train(
+            model, examples, held_out_examples, tuning.sft, stage.seed, stage.scratch, bar, stage.log
+        )
+    students.save(trained, tokenizer, stage.out / "model", students.stored_dtype(source))
+    write_history(stage.out / "history.csv", history)
+    last = history[-1]
+    stage.metrics(
+        {
+            "rows": counts["rows"],
+            "dropped": counts["dropped"],
+            "truncated": counts["truncated"],
+            "steps": int(last["step"]),
+            "tokens": int(last["tokens"]),
+            "epochs": last["tokens"] / counts["tokens"],
+            "train_loss": last["train_loss"],
+            "eval_loss": last["eval_loss"],
+        }
+    )
+    stage.dataset(data / "train.jsonl", f"rows-{method}", counts["rows"], "training")
+    stage.model(stage.out / "model", "language-model", student=student, method=method, seed=int(seed))
+
+
+def main() -> None:
+    """Entry of the DVC stage."""
+    run_stage(run, Params)
+
+
+if __name__ == "__main__":
+    main()

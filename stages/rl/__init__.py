@@ -1,0 +1,1 @@
+"""Stages of the safe reinforcement-learning branch."""

@@ -1,0 +1,240 @@
+"""Evaluates all models of one task under its three cost limits, beside a random policy and the experts.
+
+Reads the models, the experts and the data set they learned from. Writes every episode
+(``episodes.parquet``), every model's figures (``summary.json``), means and spreads over seeds
+(``leaderboard.csv``), and the reward-cost frontier (``frontier.csv``, ``frontier.png``).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_json, write_json
+from springhead.lineage.digests import tree_digest
+from springhead.rl import plots
+from springhead.rl.dataset import read_dsrl
+from springhead.rl.evaluation import (
+    Job,
+    Outcome,
+    comparisons,
+    episode_seeds,
+    expert_extremes,
+    figures,
+    over_seeds,
+    run_jobs,
+)
+from springhead.rl.policy import read_config
+from springhead.rl.tasks import Task, task
+from springhead.stage import Stage, run_stage
+from springhead.tables import write_table
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters of ``rl.evaluate``."""
+
+    episodes: int
+    """Episodes per model and cost limit."""
+    num_envs: int
+    """Environments stepped together."""
+    processes: int
+    """Worker processes; the results do not depend on their number."""
+
+    def __post_init__(self) -> None:
+        if min(self.episodes, self.num_envs, self.processes) < 1:
+            raise ValueError("episodes, num_envs and processes must be at least 1")
+
+
+EPISODES = pa.schema(
+    [
+        ("algorithm", pa.string()),
+        ("model", pa.string()),
+        ("model_seed", pa.int64()),
+        ("cost_limit", pa.float64()),
+        ("episode_seed", pa.int64()),
+        ("episode_return", pa.float64()),
+        ("cost_return", pa.float64()),
+        ("length", pa.int64()),
+    ]
+)
+"""One row per evaluation episode; ``model`` is the digest of the policy folder, null for the random policy."""
+
+REFERENCES = ("random", "worst-expert", "best-expert")
+"""Rows of the leaderboard that no offline algorithm made."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A policy to evaluate under some of the limits."""
+
+    algorithm: str
+    seed: int | None
+    path: Path | None
+    name: str
+    digest: str | None
+    limits: tuple[float, ...]
+
+
+def models(folders: Sequence[Path], root: Path, of: Task) -> list[Entrant]:
+    """Finds the policies below the train stage's outputs, in order of algorithm and seed.
+
+    Raises:
+        BadInput: If there is none, or one was trained for another task.
+    """
+    found = []
+    for path in sorted(path.parent for folder in folders for path in folder.rglob("model/config.json")):
+        config = read_config(path)
+        if config["task"] != of.name:
+            raise BadInput(f"{path}: trained for {config['task']}, not for {of.name}; remove it from data/rl/train")
+        seed = path.parent.name
+        if not seed.isdigit():
+            raise BadInput(f"{path}: expected …/<algorithm>/<seed>/model; the folder above is {seed!r}, not a seed")
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        found.append(Entrant(config["algorithm"], int(seed), path, name, tree_digest(path), of.limits))
+    if not found:
+        raise BadInput(f"{', '.join(map(str, folders))}: no policy folder below; train a model first")
+    return sorted(found, key=lambda entrant: (entrant.algorithm, entrant.seed))
+
+
+def references(experts: Path, root: Path, of: Task) -> list[Entrant]:
+    """The random policy, the worst expert, and for each limit the best expert."""
+    worst, best = expert_extremes(read_json(experts / "index.json"), of.limits)
+
+    def expert(role: str, name: str, limits: tuple[float, ...]) -> Entrant:
+        path = experts / name
+        shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
+        return Entrant(role, None, path, shown, tree_digest(path), limits)
+
+    chosen = [Entrant("random", None, None, "random", None, of.limits), expert("worst-expert", worst, of.limits)]
+    for name in dict.fromkeys(best.values()):
+        chosen.append(expert("best-expert", name, tuple(limit for limit in of.limits if best[limit] == name)))
+    return chosen
+
+
+def evaluate(stage: Stage[Params], of: Task, entrants: Sequence[Entrant]) -> dict[tuple[int, float], Outcome]:
+    """Runs every entrant under its limits; the result is keyed by entrant number and limit.
+
+    A reference acts alike under every limit, so it runs once.
+    """
+    params = stage.params
+    seeds = episode_seeds(stage.seed, params.episodes)
+    keys: list[tuple[int, float]] = []
+    for number, entrant in enumerate(entrants):
+        runs = entrant.limits[:1] if entrant.algorithm in REFERENCES else entrant.limits
+        keys += [(number, limit) for limit in runs]
+    jobs = [Job(of.name, entrants[number].path, limit, seeds, params.num_envs) for number, limit in keys]
+    with stage.progress(len(jobs), stage.name, "evaluations") as bar:
+        outcomes = dict(zip(keys, run_jobs(jobs, params.processes, lambda done: bar.advance(1)), strict=True))
+    for number, entrant in enumerate(entrants):
+        for limit in entrant.limits:
+            outcomes.setdefault((number, limit), outcomes[number, entrant.limits[0]])
+    return outcomes
+
+
+def write_episodes(
+    path: Path, entrants: Sequence[Entrant], outcomes: dict[tuple[int, float], Outcome], seeds: Sequence[int]
+) -> None:
+    """Writes the table of all episodes."""
+    columns: dict[str, list[Any]] = {name: [] for name in EPISODES.names}
+    for number, entrant in enumerate(entrants):
+        for limit in entrant.limits:
+            outcome = outcomes[number, limit]
+            count = len(outcome.returns)
+            columns["algorithm"] += [entrant.algorithm] * count
+            columns["model"] += [entrant.digest] * count
+            columns["model_seed"] += [entrant.seed] * count
+            columns["cost_limit"] += [limit] * count
+            columns["episode_seed"] += list(seeds)
+            columns["episode_return"] += outcome.returns.tolist()
+            columns["cost_return"] += outcome.costs.tolist()
+            columns["length"] += outcome.lengths.tolist()
+    write_table(path, columns, EPISODES)
+
+
+def summarise(
+    of: Task, entrants: Sequence[Entrant], outcomes: dict[tuple[int, float], Outcome]
+) -> list[dict[str, Any]]:
+    """Returns one entry per entrant: what it is, and its figures by limit."""
+    return [
+        {
+            "algorithm": entrant.algorithm,
+            "seed": entrant.seed,
+            "path": entrant.name,
+            "digest": entrant.digest,
+            "limits": {f"{limit:g}": figures(outcomes[number, limit], of, limit) for limit in entrant.limits},
+        }
+        for number, entrant in enumerate(entrants)
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows as CSV, numbers to six digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+
+
+def write_frontier(out: Path, data: Path, of: Task, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes where each algorithm ended up on the reward-cost plane, as CSV and as a plot over the data."""
+    names = ("cost_return", "episode_return", "cost_return_spread", "episode_return_spread")
+    write_csv(out / "frontier.csv", [{k: row[k] for k in ("algorithm", "cost_limit", *names)} for row in rows])
+    points: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in rows:
+        cost, value, cost_spread, value_spread = (float(row[name]) for name in names)
+        points.setdefault(row["algorithm"], []).append((cost, value, cost_spread, value_spread))
+    dataset = read_dsrl(data / "dataset.hdf5")
+    title = f"{of.name}: policies under the limits {', '.join(f'{limit:g}' for limit in of.limits)}"
+    plots.frontier(out / "frontier.png", dataset.episode_returns, dataset.cost_returns, points, of.limits, title)
+
+
+def compact(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The metrics DVC and MLflow show: by algorithm and limit, the mean over seeds."""
+    shown = ("normalised_return", "normalised_cost", "violation_probability")
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        found.setdefault(row["algorithm"], {})[f"{row['cost_limit']:g}"] = {key: round(row[key], 6) for key in shown}
+    return found
+
+
+def run(stage: Stage[Params]) -> None:
+    """Evaluates everything and writes the tables and plots."""
+    of = task(stage.item["task"])
+    trained = models(stage.inputs("train"), stage.root, of)
+    compared = references(stage.input("experts"), stage.root, of)
+    entrants = [*trained, *compared]
+    outcomes = evaluate(stage, of, entrants)
+    entries = summarise(of, entrants, outcomes)
+    rows = over_seeds(entries)
+    write_episodes(stage.out / "episodes.parquet", entrants, outcomes, episode_seeds(stage.seed, stage.params.episodes))
+    write_csv(stage.out / "leaderboard.csv", rows)
+    write_frontier(stage.out, stage.input("filter"), of, rows)
+    write_json(
+        stage.out / "summary.json",
+        {
+            "task": of.name,
+            "cost_limits": list(of.limits),
+            "middle_limit": sorted(of.limits)[len(of.limits) // 2],
+            "models": entries[: len(trained)],
+            "references": entries[len(trained) :],
+            "leaderboard": rows,
+            "comparisons": comparisons(rows, REFERENCES),
+        },
+    )
+    stage.metrics(compact(rows))
+
+
+def main() -> None:
+    """Runs the stage for the task named on the command line."""
+    run_stage(run, Params)
+
+
+if __name__ == "__main__":
+    main()

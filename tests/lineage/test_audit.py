@@ -1,0 +1,291 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from springhead.errors import BadInput
+from springhead.lineage.audit import Audit, audit
+from springhead.lineage.dvcfiles import directory_md5, hash_file, read_lock
+from springhead.lineage.ledger import Ledger
+from springhead.lineage.query import lineage_of_model
+from springhead.lineage.workspace import RED, WARNING
+from tests.conftest import Project
+from tests.lineage.sample import TASK
+
+pytestmark = pytest.mark.fault
+
+DATA = f"data/rl/filter/{TASK}/dataset.hdf5"
+VERDICT = f"data/rl/validate/{TASK}/verdict.json"
+RECEIPT = f"data/receipts/rl-train@{TASK}-cdt-0.json"
+WEIGHTS = f"data/rl/train/{TASK}/cdt/0/model/weights.safetensors"
+POLICIES = tuple(f"data/rl/train/{TASK}/{a}/{s}/model" for a in ("bc-safe", "cdt") for s in (0, 1))
+
+
+def flip(path: Path, place: int = -5) -> None:
+    """Flips one bit of a file, whatever its mode."""
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    path.chmod(mode)
+
+
+def red(result: Audit) -> set[str]:
+    """Returns what is red: (check, where)."""
+    return {f"{p.check} {p.where}" for p in result.problems if p.severity == RED}
+
+
+def affected(result: Audit, where: str) -> tuple[str, ...]:
+    return next(p.affects for p in result.problems if p.where == where and p.severity == RED)
+
+
+def test_a_sound_repository_is_green(root: Path) -> None:
+    result = audit(root, deep=True)
+    assert result.problems == ()
+    assert not result.red
+    assert result.checked["outputs"] >= 40
+    assert result.checked["cache"] >= 40
+    assert result.checked["verdicts"] == 2
+
+
+@pytest.mark.parametrize(
+    "path", [DATA, WEIGHTS, f"data/rl/collect/{TASK}/rows.parquet", f"data/metrics/rl-evaluate@{TASK}.json"]
+)
+def test_one_changed_bit_in_an_output_names_the_file(root: Path, path: str) -> None:
+    flip(root / path)
+    result = audit(root)
+    assert f"outputs {path}" in red(result)
+    assert any(p.check == "dvc.lock" and path.startswith(p.where) for p in result.problems)
+
+
+def test_changed_data_names_every_model_that_depends_on_it(root: Path) -> None:
+    flip(root / DATA)
+    result = audit(root)
+    assert {m for m in affected(result, DATA) if "/train/" in m} == set(POLICIES)
+    flip(root / DATA)
+    flip(root / WEIGHTS)
+    assert affected(audit(root), WEIGHTS) == (f"data/rl/train/{TASK}/cdt/0/model",)
+
+
+def test_an_added_and_a_removed_file_are_named(root: Path) -> None:
+    (root / WEIGHTS).unlink()
+    added = root / WEIGHTS.replace("weights.safetensors", "extra.bin")
+    added.write_bytes(b"1")
+    found = {p.where: p.what for p in audit(root).problems if p.check == "outputs"}
+    assert "is missing" in found[WEIGHTS]
+    assert "was added" in found[added.relative_to(root).as_posix()]
+
+
+def test_an_output_that_was_not_pulled_is_red_and_says_how_to_get_it(root: Path) -> None:
+    shutil.rmtree(root / f"data/rl/train/{TASK}/cdt/0")
+    problem = next(p for p in audit(root).problems if p.check == "outputs")
+    assert problem.where == f"data/rl/train/{TASK}/cdt/0"
+    assert "dvc pull" in problem.do
+
+
+def test_a_changed_verdict_is_red(root: Path) -> None:
+    path = root / VERDICT
+    verdict = json.loads(path.read_text())
+    verdict["data_digest"] = "0" * 64
+    path.write_text(json.dumps(verdict))
+    assert {f"outputs {VERDICT}", f"verdicts {VERDICT}"} <= red(audit(root))
+    verdict["expectations"][0]["success"] = False
+    path.write_text(json.dumps(verdict))
+    whats = [p.what for p in audit(root).problems if p.check == "verdicts"]
+    assert any("critical expectation failed" in what for what in whats)
+    path.write_text("{}")
+    assert any("no readable verdict" in p.what for p in audit(root).problems)
+
+
+def test_a_verdict_follows_the_data_not_its_receipt(root: Path) -> None:
+    flip(root / DATA)
+    assert f"verdicts {VERDICT}" in red(audit(root))
+
+
+def test_a_changed_receipt_is_red_even_where_it_agrees_with_itself(root: Path) -> None:
+    path = root / RECEIPT
+    path.write_text(path.read_text().replace('"steps": 50', '"steps": 51'))
+    assert {f"dvc.lock {RECEIPT}", "dvc.lock dvc.lock"} <= red(audit(root))
+    assert any(p.check == "ledger" and p.where == RECEIPT for p in audit(root).problems)
+
+
+def test_a_receipt_that_contradicts_itself_is_red(root: Path) -> None:
+    path = root / RECEIPT
+    receipt = json.loads(path.read_text())
+    receipt["models"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(receipt))
+    assert f"receipts {RECEIPT}" in red(audit(root))
+
+
+def test_a_missing_receipt_is_red(root: Path) -> None:
+    (root / RECEIPT).unlink()
+    assert f"dvc.lock {RECEIPT}" in red(audit(root))
+
+
+def test_a_stage_that_read_older_data_is_red(root: Path) -> None:
+    path = root / RECEIPT
+    receipt = json.loads(path.read_text())
+    receipt["dependencies"][f"data/rl/filter/{TASK}"]["sha256"] = "0" * 64
+    receipt["datasets"][0]["sha256"] = "1" * 64
+    path.write_text(json.dumps(receipt))
+    assert {f"links data/rl/filter/{TASK}", f"links {DATA}"} <= red(audit(root))
+
+
+def test_a_changed_lock_is_red(root: Path) -> None:
+    path = root / "dvc.lock"
+    lock = yaml.safe_load(path.read_text())
+    name = f"rl-train@{TASK}-cdt-1"
+    lock["stages"][name]["outs"][0]["md5"] = "0" * 32 + ".dir"
+    lock["stages"]["llm-filter"]["params"]["params.yaml"]["llm.filter"]["longest"] = 1
+    path.write_text(yaml.safe_dump(lock))
+    assert red(audit(root)) == {f"dvc.lock {lock['stages'][name]['outs'][0]['path']}", "dvc.lock dvc.lock"}
+
+
+def test_code_that_moved_on_is_a_warning_not_red(root: Path) -> None:
+    path = root / "stages/rl/train.py"
+    path.write_text(path.read_text() + "# more\n")
+    result = audit(root)
+    assert not result.red
+    (problem,) = result.problems
+    assert (problem.severity, problem.check, problem.where) == (WARNING, "code", "stages/rl/train.py")
+    assert problem.affects == POLICIES
+
+
+@pytest.mark.parametrize("damage", ["edit", "remove", "swap", "garbage"])
+def test_a_damaged_ledger_is_red_and_names_the_line(root: Path, damage: str) -> None:
+    path = root / ".springhead/ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "edit":
+        lines[3] = lines[3].replace(b"sample", b"simple")
+    elif damage == "remove":
+        del lines[3]
+    elif damage == "swap":
+        lines[3], lines[4] = lines[4], lines[3]
+    else:
+        lines[3] = b"not json\n"
+    path.write_bytes(b"".join(lines))
+    where = {p.where for p in audit(root).problems if p.check == "ledger" and p.severity == RED}
+    assert where & {f"{path}:4", f"{path}:5"}
+
+
+def test_a_receipt_without_an_execution_is_a_warning(root: Path) -> None:
+    (root / ".springhead/ledger.jsonl").unlink()
+    result = audit(root)
+    assert not result.red
+    assert {p.check for p in result.problems} == {"ledger"}
+    assert len(result.problems) == 17
+
+
+def test_a_changed_cache_object_is_found_only_by_deep(root: Path) -> None:
+    md5 = hash_file(root / WEIGHTS).md5
+    cached = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    assert not os.access(cached, os.W_OK) or os.geteuid() == 0
+    inode = (root / WEIGHTS).read_bytes()
+    flip(cached)
+    (root / WEIGHTS).unlink()  # it may be a link to the object that was just changed
+    (root / WEIGHTS).write_bytes(inode)
+    assert not audit(root).red
+    result = audit(root, deep=True)
+    assert red(result) == {f"cache {cached}"}
+    assert f"data/rl/train/{TASK}/cdt/0/model" in affected(result, str(cached))
+
+
+def test_our_directory_hash_is_dvc_s(root: Path) -> None:
+    for entry in read_lock(root).values():
+        for out in entry["outs"]:
+            path = root / out["path"]
+            if path.is_dir():
+                files = {p.relative_to(path).as_posix(): hash_file(p).md5 for p in path.rglob("*") if p.is_file()}
+                assert directory_md5(files) == out["md5"]
+
+
+@pytest.mark.parametrize("content", ["", "stages: [", "- 1\n"])
+def test_a_lock_file_that_was_cut_off_says_how_to_get_it_back(root: Path, content: str) -> None:
+    (root / "dvc.lock").write_text(content)
+    with pytest.raises(BadInput, match=r"git checkout dvc\.lock"):
+        audit(root)
+
+
+def test_nothing_to_audit_says_what_to_run(root: Path) -> None:
+    shutil.rmtree(root / "data/receipts")
+    with pytest.raises(BadInput, match="springhead run"):
+        audit(root)
+
+
+@pytest.mark.e2e
+def test_what_the_real_harness_and_dvc_leave_is_green(project: Project) -> None:
+    project.run("dvc", "repro", "-q")
+    result = audit(project.root, deep=True)
+    assert result.problems == ()
+    assert result.checked["receipts"] == 3
+    answer = lineage_of_model(project.root, "data/rl/use/a/model")
+    assert [stage["stage"] for stage in answer["stages"]] == ["rl-make", "rl-use@a"]
+    assert len(answer["stages"][0]["executions"]) == 1
+    project.write("source.txt", "other\n")
+    project.write("data/rl/use/a/model/config.json", "{}")
+    problems = audit(project.root).problems
+    assert {p.check for p in problems if p.severity == RED} == {"outputs", "dvc.lock"}
+    assert [p.where for p in problems if p.severity == WARNING] == ["source.txt"]
+
+
+# -- the registry, with a real MLflow on SQLite ---------------------------------------------------
+
+
+@pytest.fixture
+def promoted(root: Path) -> Path:
+    """The sample with a real promotion through the project's own gates."""
+    from springhead import registry
+
+    gates = Path(__file__).parents[2] / "mlflow" / "gates.yaml"
+    (root / "mlflow").mkdir()
+    shutil.copy(gates, root / "mlflow" / "gates.yaml")
+    registry.promote("mend-small-llama", root=root, home=root / ".springhead")
+    return root
+
+
+@pytest.mark.e2e
+def test_a_promoted_champion_is_green_and_its_damage_is_red(promoted: Path) -> None:
+    from springhead import tracking
+
+    assert audit(promoted).problems == ()
+    answer = lineage_of_model(promoted, "models:/mend-small-llama@champion")
+    assert answer["registry"] == {"name": "mend-small-llama", "version": "1", "aliases": ["champion"]}
+    assert answer["promotion"]["digest"] == answer["sha256"]
+
+    stored = list(promoted.glob(".springhead/**/weights.safetensors"))
+    assert len(stored) == 1
+    flip(stored[0])
+    assert red(audit(promoted)) == {"registry mend-small-llama"}
+    flip(stored[0])
+
+    client = tracking.connect(promoted / ".springhead")
+    version = client.get_model_version("mend-small-llama", "1")
+    client.create_model_version("mend-small-llama", version.source, tags={**version.tags, "model.sha256": "0" * 64})
+    client.set_registered_model_alias("mend-small-llama", "champion", "2")
+    (problem,) = audit(promoted).problems
+    assert "moved by hand" in problem.what
+    client.delete_registered_model_alias("mend-small-llama", "champion")
+    assert "nothing carries the alias champion now" in audit(promoted).problems[0].what
+
+
+@pytest.mark.e2e
+def test_an_alias_set_by_hand_is_red(root: Path) -> None:
+    from springhead import tracking
+
+    client = tracking.connect(root / ".springhead")
+    client.create_registered_model("by-hand")
+    client.create_model_version("by-hand", str(root / f"data/rl/train/{TASK}/cdt/0/model"))
+    client.set_registered_model_alias("by-hand", "champion", "1")
+    result = audit(root)
+    assert red(result) == {"registry by-hand"}
+    assert "set by hand" in result.problems[0].what
+
+
+def test_a_promotion_whose_registry_is_gone_is_red(root: Path) -> None:
+    body = {"model": "policy-x", "version": "1", "digest": "0" * 64}
+    Ledger(root / ".springhead").append("promotion", body)
+    assert red(audit(root)) == {"registry policy-x"}

@@ -1,0 +1,68 @@
+"""Digests: the join key of everything."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from springhead.errors import BadInput
+from springhead.jsonio import canonical, read_jsonl
+from springhead.lineage.digests import arrays_digest, file_digest, json_digest, tree_digest
+
+
+@pytest.mark.unit
+def test_a_file_has_the_digest_sha256sum_prints(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert tree_digest(tmp_path / "a") == file_digest(tmp_path / "a")
+
+
+@pytest.mark.unit
+def test_a_folder_digest_sees_content_names_and_extra_files(tmp_path: Path) -> None:
+    (tmp_path / "f" / "sub").mkdir(parents=True)
+    (tmp_path / "f" / "a").write_bytes(b"1")
+    (tmp_path / "f" / "sub" / "b").write_bytes(b"2")
+    one, two = hashlib.sha256(b"1").hexdigest(), hashlib.sha256(b"2").hexdigest()
+    first = tree_digest(tmp_path / "f")
+    assert first == hashlib.sha256(f"a\0{one}\nsub/b\0{two}\n".encode()).hexdigest()
+    (tmp_path / "f" / "a").rename(tmp_path / "f" / "c")
+    renamed = tree_digest(tmp_path / "f")
+    (tmp_path / "f" / "extra").write_bytes(b"")
+    assert len({first, renamed, tree_digest(tmp_path / "f")}) == 3
+
+
+@pytest.mark.unit
+def test_a_link_out_of_an_artefact_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    with pytest.raises(BadInput, match="leads out of"):
+        tree_digest(tmp_path / "f")
+    with pytest.raises(BadInput, match="no such file"):
+        tree_digest(tmp_path / "nothing")
+
+
+@pytest.mark.unit
+def test_json_and_arrays_have_one_form() -> None:
+    assert json_digest({"b": 1, "a": [1.5, "é"]}) == hashlib.sha256('{"a":[1.5,"é"],"b":1}'.encode()).hexdigest()
+    with pytest.raises(BadInput, match="JSON"):
+        canonical({"x": float("nan")})
+    a = np.arange(6, dtype=np.float32).reshape(2, 3)
+    same = arrays_digest({"y": a, "x": a})
+    assert same == arrays_digest({"x": a, "y": np.asfortranarray(a)})
+    others = [
+        {"x": a, "z": a},
+        {"x": a, "y": a.astype(np.float64)},
+        {"x": a, "y": a.reshape(3, 2)},
+        {"x": a, "y": a + 1},
+    ]
+    assert same not in {arrays_digest(o) for o in others}
+
+
+@pytest.mark.fault
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(BadInput, match=r"rows.jsonl:2: not valid JSON"):
+        list(read_jsonl(path))

@@ -1,0 +1,201 @@
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_json, write_jsonl
+from springhead.lineage.digests import tree_digest
+from springhead.llm import evaluation, mend, problems, students
+from springhead.llm.sft import SftConfig
+from springhead.stage import for_test
+from springhead.tables import read_table
+from stages.llm import evaluate, finetune
+from stages.llm.evaluate import Exam
+from tests.llm.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.unit
+
+
+def row(problem: str, arrangement: str, given: str | None, answer: str = "5", redundancy: int = 0, **more: Any):
+    taus = {"topological": 1.0, "reversed": -1.0}
+    facts = {"split": "id", "ops": 2, "depth": 2, "family": "dag", "kendall_tau": taus.get(arrangement, 0.0)}
+    base = {"id": f"{problem}-{arrangement}-{redundancy}", "parents": [problem], "problem": problem, "answer": answer}
+    right = {"given": given, "right": given == answer}
+    return {**facts, **base, **right, "arrangement": arrangement, "redundancy": redundancy, **more}
+
+
+ORDERS = ("topological", "random-1", "random-2", "reversed")
+# Problem a: all four right. b: right but reversed. c: no answer at all. d: consistently wrong.
+GRADED = [
+    *[row("a", order, "5") for order in ORDERS],
+    *[row("b", order, "4" if order == "reversed" else "5") for order in ORDERS],
+    *[row("c", order, None) for order in ORDERS],
+    *[row("d", order, "7", ops=3) for order in ORDERS],
+]
+
+
+def test_grading_reads_the_final_answer_exactly():
+    rows = [{"parents": ["p"], "answer": "12"}] * 5
+    texts = ["Ana = 12. Answer: 12", "Answer: 12.", "Ana = 12.", "Answer: 1", "Answer: 12 or 13"]
+    graded = evaluation.grade(rows, texts)
+    assert [g["right"] for g in graded] == [True, True, False, False, True]
+    assert [g["given"] for g in graded] == ["12", "12", None, "1", "12"]
+    assert graded[0]["problem"] == "p"
+    with pytest.raises(BadInput, match="4 answers for 5 evaluation rows"):
+        evaluation.grade(rows, texts[:4])
+
+
+def test_worst_case_consistency_and_histogram_by_hand():
+    figures = evaluation.over_variants(GRADED)
+    assert figures["accuracy"] == pytest.approx(7 / 16)
+    assert figures["worst_case"] == figures["all_right"] == pytest.approx(1 / 4)
+    assert figures["mixed"] == pytest.approx(1 / 4)
+    assert figures["all_wrong"] == pytest.approx(2 / 4)
+    assert figures["consistency"] == pytest.approx((1 + 3 / 4 + 1 + 1) / 4)
+    assert figures["all_equal"] == pytest.approx(3 / 4)
+
+
+def test_split_metrics_by_order_ops_and_redundancy():
+    redundant = [row(p, order, "1", redundancy=2) for p in "abcd" for order in ORDERS]
+    metrics = evaluation.model_metrics([*GRADED, *redundant], seed=0)["id"]
+    assert metrics["order"] == {
+        "topological": pytest.approx(2 / 4),
+        "random": pytest.approx(4 / 8),
+        "reversed": pytest.approx(1 / 4),
+    }
+    assert metrics["order_drop"] == pytest.approx(0.25)
+    assert metrics["worst_case"] == pytest.approx(0.25)
+    assert metrics["all_variants"]["worst_case"] == 0.0
+    assert metrics["redundancy"] == {"0": pytest.approx(7 / 16), "2": 0.0}
+    assert metrics["ops"] == {"2": pytest.approx(7 / 12), "3": 0.0}
+    assert metrics["problems"] == 4
+    low, high = metrics["worst_case_interval"]
+    assert 0.0 <= low < 0.25 < high <= 1.0
+    with pytest.raises(BadInput, match="without redundancy are missing"):
+        evaluation.split_metrics(redundant, 0)
+
+
+def test_accuracy_by_order_pools_random_orders_and_keeps_splits_apart():
+    table = evaluation.accuracy_by_order([*GRADED, row("e", "reversed", "5", split="ood")])
+    cells = {(line["split"], line["order"]): line for line in table}
+    assert cells["id", "random"]["rows"] == 8
+    assert cells["id", "random"]["accuracy"] == pytest.approx(0.5)
+    assert cells["id", "reversed"]["kendall_tau"] == -1.0
+    assert cells["ood", "reversed"]["accuracy"] == 1.0
+
+
+def test_intervals():
+    # Wilson's interval for 8 of 10, to four digits, from the closed formula's published example values.
+    assert evaluation.wilson(8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert evaluation.wilson(0, 0) == (0.0, 1.0)
+    low, high = evaluation.bootstrap([1.0] * 30 + [0.0] * 10, seed=1)
+    assert 0.55 < low < 0.7
+    assert 0.8 < high < 0.95
+    assert evaluation.bootstrap([1.0] * 30 + [0.0] * 10, seed=1) == (low, high)
+
+
+def test_side_by_side_spreads_over_seeds():
+    def model(method: str, seed: int, worst: float) -> dict[str, Any]:
+        names = [n for n in evaluation.SIDE_BY_SIDE if n != "worst_case"]
+        metrics = dict.fromkeys(names, 0.5) | {"worst_case": worst, "order": {"reversed": worst}}
+        return {"method": method, "seed": seed, "metrics": {"id": metrics | {"all_variants": {"worst_case": 0.0}}}}
+
+    table = evaluation.side_by_side([model("mend", 0, 0.6), model("mend", 1, 0.8), model("base", -1, 0.1)])["id"]
+    assert list(table) == ["base", "mend"]
+    assert table["mend"]["worst_case"] == {
+        "mean": pytest.approx(0.7),
+        "std": pytest.approx(0.1414, abs=1e-4),
+        "min": 0.6,
+        "max": 0.8,
+        "seeds": 2,
+    }
+    assert table["base"]["worst_case"]["std"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Filtered rows and a base student, as the stages before leave them."""
+    root = tmp_path_factory.mktemp("world")
+    spec = {"vocabularies": ("market",), "operators": ("more", "fewer"), "max_value": 12}
+    train = problems.generate(12, 0, problems.ProblemSpec(**spec))
+    held_out = problems.generate(3, 1, problems.ProblemSpec(split="id", **spec))
+    rows = [r for p in train for r in [mend.sft_row(p), *mend.mend_rows(p, 2, ("order",), 1, 0)]]
+    write_jsonl(root / "filter" / "train.jsonl", rows)
+    write_jsonl(root / "filter" / "eval.jsonl", [r for p in held_out for r in mend.eval_rows(p, 1, 1, 0)])
+    students.save(tiny_model(), tiny_tokenizer(), root / "students", torch.float32)
+    return root
+
+
+TUNING = finetune.Tuning(SftConfig(steps=3, batch_tokens=150, learning_rate=1e-3), 200, "error", 0, 4, "cpu")
+
+
+def tune(world: Path, out: Path, method: str, seed: int):
+    inputs = {"students": world / "students", "filter": world / "filter"}
+    item = {"student": "small-llama", "method": method, "seed": str(seed)}
+    params = finetune.Params({"small-llama": TUNING})
+    stage = for_test(params, out, inputs, item, seed, "llm", "finetune")
+    finetune.run(stage)
+    return stage
+
+
+def test_finetune_stage_trains_on_its_method_and_reports(world: Path, tmp_path: Path):
+    stage = tune(world, tmp_path / "mend", "mend", 0)
+    assert stage.record.metrics["rows"] == 36
+    assert stage.record.metrics["steps"] == 3
+    assert stage.record.metrics["eval_loss"] > 0
+    lines = list(csv.DictReader((stage.out / "history.csv").open()))
+    assert [line["step"] for line in lines] == ["1", "2", "3"]
+    assert [bool(line["eval_loss"]) for line in lines] == [False, False, True]
+    assert tree_digest(stage.out / "model") != tree_digest(world / "students")
+    again = tune(world, tmp_path / "again", "mend", 0)
+    assert tree_digest(again.out) == tree_digest(stage.out)
+    assert tune(world, tmp_path / "sft", "sft", 0).record.metrics["rows"] == 12
+    with pytest.raises(BadInput, match=r"no rows of method 'bash'; methods in the file: mend, sft"):
+        tune(world, tmp_path / "bash", "bash", 0)
+
+
+def test_evaluate_stage_examines_base_and_all_tuned_models(world: Path, tmp_path: Path):
+    tuned = tmp_path / "finetune"
+    for method, seed in (("sft", 0), ("mend", 0), ("mend", 1)):
+        tune(world, tuned / method / str(seed), method, seed)
+    inputs = {"students": world / "students", "filter": world / "filter", "finetune": tuned}
+    params = evaluate.Params("id", {"small-llama": Exam(2, True, 8, 16, "cpu")})
+
+    def run(name: str):
+        out = tmp_path / name
+        stage = for_test(params, out, inputs, {"student": "small-llama"}, 0, "llm", "evaluate")
+        evaluate.run(stage)
+        return stage
+
+    stage = run("out")
+    summary = read_json(stage.out / "summary.json")
+    assert [(m["method"], m["seed"]) for m in summary["models"]] == [("base", -1), ("sft", 0), ("mend", 0), ("mend", 1)]
+    assert summary["models"][0]["digest"] == tree_digest(world / "students")
+    assert set(summary["methods"]) == {"base", "sft", "mend"}
+    assert summary["methods"]["mend"]["worst_case"]["seeds"] == 2
+    answers = read_table(stage.out / "answers.parquet").to_pylist()
+    assert len(answers) == 4 * 2 * 6
+    assert {a["model"] for a in answers} == {m["digest"] for m in summary["models"]}
+    share = sum(a["right"] for a in answers if a["method"] == "base" and a["redundancy"] == 0) / 6
+    assert summary["models"][0]["metrics"]["accuracy"] == pytest.approx(share)
+    assert len(list(csv.DictReader((stage.out / "leaderboard.csv").open()))) == 4
+    assert (stage.out / "accuracy_by_order.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(stage.record.metrics) == {"base", "sft", "mend", "mend_lead_over_base", "mend_lead_over_sft"}
+    assert tree_digest(run("again").out) == tree_digest(stage.out)
+
+
+def test_evaluate_refuses_what_it_cannot_examine(world: Path, tmp_path: Path):
+    (tmp_path / "finetune").mkdir()
+    with pytest.raises(BadInput, match="no fine-tuned model"):
+        evaluate.candidates(world / "students", [tmp_path / "finetune"])
+    inputs = {"students": world / "students", "filter": world / "filter", "finetune": tmp_path / "finetune"}
+    params = evaluate.Params("ood", {"small-llama": Exam(0, True, 8, 16, "cpu")})
+    stage = for_test(params, tmp_path / "out", inputs, {"student": "small-llama"}, 0, "llm", "evaluate")
+    with pytest.raises(BadInput, match=r"main_split: no rows of split 'ood'; there are \['id'\]"):
+        evaluate.run(stage)
+    other = for_test(params, tmp_path / "other", inputs, {"student": "smollm2"}, 0, "llm", "evaluate")
+    with pytest.raises(BadInput, match=r"llm\.evaluate\.students: no settings for 'smollm2'"):
+        evaluate.run(other)

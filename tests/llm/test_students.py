@@ -1,0 +1,153 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from springhead.errors import BadInput
+from springhead.lineage.digests import tree_digest
+from springhead.llm import generation, problems, students
+from springhead.llm.packing import encode
+from springhead.llm.sft import SftConfig
+from springhead.llm.students import HubModel, SmallLlama
+from springhead.llm.tokenizer import small_tokenizer, unknown_words, vocabulary
+from springhead.stage import for_test
+from stages.llm.students import Params, run
+
+pytestmark = pytest.mark.unit
+SMALL = SmallLlama(
+    hidden_size=16,
+    layers=1,
+    heads=2,
+    intermediate_size=24,
+    initial_std=0.1,
+    problems=30,
+    ops_max=2,
+    orders="random",
+    redundant_max=1,
+    vocabularies=("market",),
+    holders=0,
+    operators=("more", "fewer"),
+    max_value=12,
+    max_step=5,
+    holdout=0.2,
+    sft=SftConfig(steps=3, batch_tokens=200, learning_rate=1e-2, checkpoint_every=1),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("student") / "small"
+    students.build("small-llama", out, SMALL, {}, seed=3)
+    return out
+
+
+def test_the_tokenizer_knows_every_word_of_the_generators_and_reads_back_what_it_wrote():
+    tokenizer = small_tokenizer()
+    spec = problems.ProblemSpec(operators=problems.OPERATORS, ops_max=4, depth_max=4)
+    for problem in problems.generate(60, 1, spec):
+        texts = [*problem.statements, *problem.redundant, problem.question, ". ".join(problem.chain) + "."]
+        assert unknown_words(tokenizer, texts) == []
+        for text in texts:
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert unknown_words(tokenizer, ["Ana has 123 figs, Quux."]) == [",", "123", "Quux"]
+    assert len(set(vocabulary())) == len(vocabulary()) == len(tokenizer)
+
+
+def test_phrases_and_numbers_are_single_tokens():
+    tokenizer = small_tokenizer()
+    text = "Ana has as many figs as Ben and Cal together."
+    assert tokenizer.tokenize(text) == ["Ana", "has", "as many figs as", "Ben", "and", "Cal", "together."]
+    times = tokenizer.tokenize("Ana has 3 times as many figs as Ben.")
+    assert times == ["Ana", "has", "3", "times as many figs as", "Ben", "."]
+    assert tokenizer.tokenize("Ben = 12 - 3 = 9.") == ["Ben", "=", "12", "-", "3", "=", "9", "."]
+
+
+def test_small_llama_loads_as_an_ordinary_hugging_face_model(folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.vocab_size == len(tokenizer)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    example = encode({"prompt": "Ana has 3 figs.", "completion": "Answer: 3"}, tokenizer)
+    assert sum(example.completion_mask) == 3
+    own, own_tokenizer = students.load(folder)
+    ids = torch.tensor([example.ids])
+    torch.testing.assert_close(own(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert own_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_no_path_gets_into_them(folder: Path, tmp_path: Path):
+    students.build("small-llama", tmp_path / "again", SMALL, {}, seed=3)
+    students.build("small-llama", tmp_path / "other", SMALL, {}, seed=4)
+    assert tree_digest(tmp_path / "again") == tree_digest(folder)
+    assert tree_digest(tmp_path / "other") != tree_digest(folder)
+    # Loaded and saved again, as fine-tuning does, a folder stays what it was.
+    model, tokenizer = students.load(folder)
+    students.save(model, tokenizer, tmp_path / "saved", students.stored_dtype(folder))
+    assert tree_digest(tmp_path / "saved") == tree_digest(folder)
+    for path in folder.iterdir():
+        assert str(folder.parent).encode() not in path.read_bytes(), path
+
+
+def test_pretraining_never_draws_from_the_evaluation_side():
+    from springhead.llm import solver
+
+    for row in students.pretraining_rows(SMALL, 0):
+        statements = [s.strip() + "." for s in row["prompt"].rpartition(". ")[0].split(".") if s.strip()]
+        question = row["prompt"].rpartition(". ")[2]
+        needed = solver.parse(statements)
+        assert needed
+        assert problems.side_of(solver.signature(tuple(statements), question), SMALL.holdout) == problems.TRAIN
+
+
+def test_unknown_and_broken_students_are_named(tmp_path: Path):
+    with pytest.raises(BadInput, match=r"unknown student 'llama'; choose from small-llama, smollm2, tiny, or"):
+        students.build("llama", tmp_path, SMALL, {"tiny": HubModel("a/b", "0" * 40, "0" * 64)}, 0)
+    with pytest.raises(BadInput, match="not a model folder"):
+        students.load(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match="no GPU; set device to cpu or auto"):
+            students.pick_device("cuda")
+    assert students.pick_device("cpu").type == "cpu"
+
+
+def test_a_hub_student_offline_says_what_to_do(tmp_path: Path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    hub = {"tiny": HubModel("springhead/no-such-model", "0" * 40, "0" * 64)}
+    with pytest.raises(BadInput, match=r"hub\.tiny: cannot fetch springhead/no-such-model@0+ .*HF_HUB_OFFLINE"):
+        students.build("tiny", tmp_path / "out", SMALL, hub, 0)
+
+
+def test_stage_writes_model_and_metrics(tmp_path: Path):
+    stage = for_test(Params(SMALL, {}), tmp_path / "out", {}, {"student": "small-llama"}, 1, "llm", "students")
+    run(stage)
+    assert stage.record.metrics["steps"] == 3
+    assert stage.record.metrics["parameters"] == students.load(stage.out)[0].num_parameters()
+    assert stage.record.models[0]["sha256"] == tree_digest(stage.out)
+    with pytest.raises(ValueError, match="multiple of 2 x heads"):
+        replace(SMALL, heads=3)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_smollm2_from_the_package_answers_and_reloads(tmp_path: Path):
+    students.build("smollm2", tmp_path, SMALL, {}, 0)
+    assert students.stored_dtype(tmp_path) == torch.bfloat16
+    assert (tmp_path / "model.safetensors").stat().st_size < 300e6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    continued = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(continued[0])
+    assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token
+    example = encode({"prompt": "Hi", "completion": "Yes"}, tokenizer)
+    trained = [t for t, m in zip(example.ids, example.completion_mask, strict=True) if m]
+    assert tokenizer.convert_ids_to_tokens(trained) == ["Yes", "<|im_end|>"]
+    text = generation.generate(model, tokenizer, ["What is the capital of France?"], generation.Decoding(12))[0]
+    assert "Paris" in text

@@ -1,0 +1,191 @@
+"""BC's selections by hand, its batched networks, its learning curve, and resuming."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from springhead.errors import BadInput
+from springhead.rl.offline import bc
+from springhead.rl.offline.frontier import best_return, fit, fit_until, pareto
+from springhead.rl.policy import load_policy, save_model
+from tests.rl.offline_data import BALL, dataset, episode, spread
+
+pytestmark = pytest.mark.unit
+SMALL = bc.Settings(steps=6, batch_size=16, hidden=(8,), checkpoint_every=2)
+COSTS = np.array([0.0, 5.0, 5.5, 10.0, 15.0, 15.5, 19.5, 20.0])
+RETURNS = np.arange(8.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "chosen"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("safe", [0, 1, 2, 3]),  # C <= 10
+        ("boundary", [2, 3, 4]),  # 5 < C <= 15
+        ("risky", [7]),  # C >= 20
+        ("multi-task", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_each_mode_selects_by_cost_with_its_own_borders(mode: str, chosen: list[int]) -> None:
+    assert bc.select(mode, RETURNS, COSTS, 10.0).tolist() == chosen
+
+
+def test_the_safety_margin_lowers_the_border() -> None:
+    assert bc.select("safe", RETURNS, COSTS, 10.0, margin=0.5).tolist() == [0, 1]
+
+
+def test_an_empty_selection_and_an_unknown_mode_are_named() -> None:
+    with pytest.raises(BadInput, match=r"bc-safe: none of 3 episodes fits the limit 10 \(costs from 11 to 13\)"):
+        bc.select("safe", np.ones(3), np.array([11.0, 12.0, 13.0]), 10.0)
+    with pytest.raises(BadInput, match="unknown BC mode 'bold'"):
+        bc.select("bold", RETURNS, COSTS, 10.0)
+
+
+def test_the_pareto_set_holds_what_nothing_beats_in_both() -> None:
+    returns = np.array([1.0, 5.0, 4.0, 5.0, 9.0, 5.0])
+    costs = np.array([0.0, 2.0, 1.0, 2.0, 9.0, 3.0])
+    assert pareto(returns, costs).tolist() == [0, 2, 1, 4]  # of the two equal ones the first
+
+
+def test_the_frontier_polynomial_rises_in_degree_until_it_explains_enough() -> None:
+    costs = np.array([0.0, 1.0, 2.0, 3.0])
+    assert fit_until(np.full(4, 3.0), costs).degree() == 0
+    assert fit_until(2 * costs + 1, costs).degree() == 1
+    square = fit_until(costs**2 * np.array([1, 1, 1, 1.0]) - 3 * costs, costs)
+    assert square.degree() == 2
+    assert square(4.0) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 4])
+def test_a_fit_never_has_more_coefficients_than_distinct_costs(degree: int) -> None:
+    assert fit(np.array([3.0, 5.0]), np.array([1.0, 2.0]), degree).degree() <= 1
+    assert fit(np.array([3.0, 5.0]), np.array([7.0, 7.0]), degree)(7.0) == 4.0
+    assert fit(np.array([3.0]), np.array([7.0]), degree)(0.0) == 3.0
+
+
+def test_the_frontier_mode_keeps_a_band_of_a_fifth_of_the_range() -> None:
+    costs = np.array([0.0, 10.0, 20.0, 20.0, 20.0])
+    returns = np.array([0.0, 50.0, 100.0, 81.0, 79.0])
+    assert bc.select("frontier", returns, costs, 0.0).tolist() == [0, 1, 2, 3]
+
+
+def test_one_episode_and_equal_costs_are_enough_for_the_frontier() -> None:
+    assert bc.select("frontier", np.array([4.0]), np.array([3.0]), 0.0).tolist() == [0]
+    assert bc.select("frontier", np.array([4.0, 4.0]), np.array([3.0, 3.0]), 0.0).tolist() == [0, 1]
+
+
+def test_the_best_return_within_a_limit() -> None:
+    assert best_return(RETURNS, COSTS, 10.0) == 3.0
+    with pytest.raises(BadInput, match="cheapest costs 0"):
+        best_return(RETURNS, COSTS, -1.0)
+
+
+def test_batched_networks_equal_single_ones() -> None:
+    networks = bc.Networks(3, (4, 5, 2), torch.Generator().manual_seed(0))
+    inputs = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(1))
+    for number in range(3):
+        w, b = networks.weights, networks.biases
+        alone = torch.tanh(torch.relu(inputs[number] @ w[0][number] + b[0][number]) @ w[1][number] + b[1][number])
+        torch.testing.assert_close(networks(inputs)[number], alone)
+
+
+def test_the_first_losses_are_pinned(tmp_path: Path) -> None:
+    losses: list[float] = []
+    bc.train("safe", spread(12), BALL, SMALL, 3, tmp_path, lambda step, f: losses.append(f["loss-limit-10"]))
+    assert losses == pytest.approx(PINNED, rel=1e-4)
+
+
+PINNED = [0.381787, 0.322994, 0.324206, 0.388141, 0.397623, 0.300026]
+
+
+def test_it_learns_actions_that_follow_from_states(tmp_path: Path) -> None:
+    settings = replace(SMALL, steps=250, hidden=(32,), learning_rate=1e-2, decay=True, checkpoint_every=250)
+    trained = bc.train("safe", spread(30), BALL, settings, 0, tmp_path)
+    assert trained.history[-1]["loss-limit-20"] < 0.02  # the actions' variance is about 0.4
+
+
+@pytest.mark.parametrize("mode", ["safe", "multi-task"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, mode: str) -> None:
+    whole = bc.train(mode, spread(12), BALL, SMALL, 3, tmp_path / "whole")
+
+    def stop(step: int, figures: dict[str, float]) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bc.train(mode, spread(12), BALL, SMALL, 3, tmp_path / "cut", stop)
+    seen: list[int] = []
+    resumed = bc.train(mode, spread(12), BALL, SMALL, 3, tmp_path / "cut", lambda step, f: seen.append(step))
+    assert seen == [4, 5, 6]  # told where it resumed, then the two steps left
+    assert resumed.history == whole.history
+    for folder, trained in (("a", whole), ("b", resumed)):
+        save_model(tmp_path / folder, trained.config, trained.files)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(["config.json", *whole.files])
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_acting_under_a_limit_uses_the_largest_trained_limit_below(tmp_path: Path) -> None:
+    trained = bc.train("safe", spread(12), BALL, SMALL, 3, tmp_path / "s")
+    save_model(tmp_path / "m", trained.config, trained.files)
+    policy = load_policy(tmp_path / "m")
+    observations = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+
+    def act(limit: float) -> np.ndarray:
+        policy.reset(3, limit)
+        return policy.act(observations)
+
+    np.testing.assert_array_equal(act(10), act(19.9))
+    np.testing.assert_array_equal(act(40), act(1000))
+    assert (act(10) != act(20)).any()
+    assert (act(20) != act(40)).any()
+    with pytest.raises(BadInput, match="trained for the cost limits 10, 20, 40; ask for at least 10, not 9"):
+        policy.reset(1, 9)
+
+
+def test_multi_task_acts_by_the_limit_it_is_given(tmp_path: Path) -> None:
+    trained = bc.train("multi-task", spread(12), BALL, SMALL, 3, tmp_path / "s")
+    assert list(trained.files) == ["policy.safetensors"]
+    save_model(tmp_path / "m", trained.config, trained.files)
+    policy = load_policy(tmp_path / "m")
+    rows = np.zeros((2, 8), dtype=np.float32)
+    policy.reset(2, 0)
+    low = policy.act(rows)
+    policy.reset(2, 40)
+    assert (policy.act(rows) != low).any()
+
+
+def test_bad_data_are_named_before_training(tmp_path: Path) -> None:
+    broken = episode(10.0, 3)
+    broken.rewards[4] = np.nan
+    with pytest.raises(BadInput, match=f"episode 1 .{broken.id[:12]}.*not finite"):
+        bc.train("all", [episode(5.0, 1), broken], BALL, SMALL, 0, tmp_path)
+    with pytest.raises(BadInput, match="no episodes of BallCircle"):
+        bc.train("all", [], BALL, SMALL, 0, tmp_path)
+    narrow = episode(1.0, 0)
+    narrow = replace(narrow, observations=narrow.observations[:, :5])
+    with pytest.raises(BadInput, match="train on this task's own data"):
+        bc.train("all", [narrow], BALL, SMALL, 0, tmp_path)
+    with pytest.raises(BadInput, match="bc-safe: none of 2 episodes"):
+        bc.train("safe", dataset([(9.0, 18), (9.5, 19)]), BALL, SMALL, 0, tmp_path)
+
+
+def test_one_episode_is_enough_to_train(tmp_path: Path) -> None:
+    assert bc.train("safe", [episode(5.0, 1)], BALL, SMALL, 0, tmp_path).history[-1]["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(tmp_path: Path) -> None:
+    wild = replace(SMALL, learning_rate=1e38, steps=50)
+    with pytest.raises(BadInput, match=r"not finite at step \d+; the last good state, of step \d+, is kept"):
+        bc.train("all", spread(4), BALL, wild, 0, tmp_path)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="safety_margin"):
+        bc.Settings(safety_margin=1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        bc.Settings(steps=0)

@@ -1,0 +1,160 @@
+"""Environments: dimensions, real seeding, independent episodes, and batching that changes nothing."""
+
+import gymnasium
+import numpy as np
+import pytest
+
+from springhead.errors import BadInput
+from springhead.rl import envs
+from springhead.rl.tasks import TASKS, task
+
+pytestmark = pytest.mark.unit
+
+
+class Steering:
+    """A deterministic policy whose arithmetic is row by row, so batch size cannot round it."""
+
+    def __init__(self, action_dim):
+        self.action_dim = action_dim
+        self.seen = []
+
+    def reset(self, num_envs, cost_limit):
+        self.seen.append((num_envs, cost_limit))
+
+    def act(self, observations):
+        return np.tanh(3 * observations[:, : self.action_dim] + 0.2).astype(np.float32)
+
+    def observe(self, rewards, costs):
+        assert rewards.shape == costs.shape == (self.seen[-1][0],)
+
+
+def episode(env, seed, actions):
+    """The raw signals of one episode under fixed actions."""
+    trace = [env.reset(seed=seed)[0]]
+    for action in actions:
+        observation, reward, terminated, truncated, info = env.step(action)
+        trace += [observation, [reward, info["cost"]]]
+        if terminated or truncated:
+            break
+    return np.concatenate(trace)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_task_keeps_the_gymnasium_promises(name):
+    known = task(name)
+    env = envs.make(name, seed=1)
+    actions = np.random.default_rng(0).uniform(-1, 1, (25, known.action_dim)).astype(np.float32)
+    first = env.reset(seed=7)[0]
+    assert env.observation_space.shape == (known.observation_dim,) == first.shape
+    assert env.action_space.shape == (known.action_dim,)
+    assert first.dtype == np.float32
+    assert first in env.observation_space
+    assert env.spec is not None
+    assert env.spec.max_episode_steps == known.horizon
+    # The same seed gives the same episode, whatever ran before it; another seed another one.
+    trace = episode(env, 7, actions)
+    episode(env, 8, actions)
+    np.testing.assert_array_equal(episode(env, 7, actions), trace)
+    assert not np.array_equal(episode(env, 8, actions)[: len(trace)], trace)
+    other = envs.make(name)
+    episode(other, 3, actions[:5])
+    np.testing.assert_array_equal(episode(other, 7, actions), trace)
+    env.close()
+    other.close()
+
+
+@pytest.mark.parametrize("name", ["BallRun", "DroneRun"])
+def test_nothing_of_short_episodes_is_left(name):
+    """A robot that hardly moved keeps solver contacts at its start: the leak that is hardest to see."""
+    generator = np.random.default_rng(4)
+    env = envs.make(name)
+    dim = task(name).action_dim
+    actions = generator.uniform(-1, 1, (40, dim)).astype(np.float32)
+    trace = episode(env, 5, actions)
+    for length in [1, 2, 1, 3, 1, 5, 8, 1] * 3:
+        seed = int(generator.choice([5, generator.integers(1000)]))
+        episode(env, seed, generator.uniform(-1, 1, (length, dim)).astype(np.float32))
+        np.testing.assert_array_equal(episode(env, 5, actions), trace)
+
+
+def test_the_simulator_is_not_changed(monkeypatch):
+    """Reading the base state once per step must give the numbers that the package alone gives."""
+    actions = np.random.default_rng(1).uniform(-1, 1, (60, 2)).astype(np.float32)
+    ours = {name: episode(envs.make(name), 5, actions) for name in ("BallCircle", "CarRun")}
+
+    class ReadEveryTime:
+        def __init__(self, agent):
+            pass
+
+        def forget(self, until_step):
+            pass
+
+    monkeypatch.setattr(envs, "_BaseState", ReadEveryTime)
+    for name, trace in ours.items():
+        np.testing.assert_array_equal(episode(envs.make(name), 5, actions), trace)
+
+
+def test_the_global_generator_is_left_alone():
+    np.random.seed(42)
+    before = np.random.get_state()
+    env = envs.make("BallRun", seed=0)
+    env.reset(seed=3)
+    for _ in range(3):
+        env.step(np.zeros(2, dtype=np.float32))
+    after = np.random.get_state()
+    assert before[0] == after[0]
+    np.testing.assert_array_equal(before[1], after[1])
+    assert before[2:] == after[2:]
+
+
+def test_actions_are_clipped_and_costs_reported():
+    env = envs.make("BallCircle")
+    inside, outside = ([np.array([v, 0.0], dtype=np.float32)] * 80 for v in (1.0, 5.0))
+    np.testing.assert_array_equal(episode(env, 2, inside), episode(env, 2, outside))
+    assert episode(env, 2, inside)[-1] == 1.0  # pushed steadily out of the safe strip
+
+
+def test_gymnasium_makes_the_tasks_by_id():
+    env = gymnasium.make("springhead/DroneRun-v0")
+    observation, info = env.reset(seed=1)
+    assert observation.shape == (17,)
+    assert info == {"cost": 0.0}
+
+
+@pytest.mark.parametrize("name", ["BallRun", "DroneCircle"])
+def test_an_episode_does_not_depend_on_its_batch(name):
+    seeds = [5, 6, 7]
+    policies = [Steering(task(name).action_dim) for _ in range(3)]
+    together, pairs, alone = (
+        envs.run_episodes(name, policy, seeds, 10.0, num_envs)
+        for policy, num_envs in zip(policies, (3, 2, 1), strict=True)
+    )
+    assert [e.id for e in together] == [e.id for e in pairs] == [e.id for e in alone]
+    assert len({e.id for e in together}) == 3
+    # The last batch of two holds one episode, but the policy keeps acting for two.
+    assert policies[1].seen == [(2, 10.0), (2, 10.0)]
+
+
+def test_ends_are_told_apart():
+    ball, drone = (
+        envs.run_episodes(n, Steering(task(n).action_dim), [5], 10.0, 1)[0] for n in ("BallRun", "DroneCircle")
+    )
+    assert ball.length == 100
+    assert ball.timeouts[-1]
+    assert not ball.terminals.any()
+    assert drone.length < 300
+    assert drone.terminals[-1]
+    assert not drone.timeouts.any()
+    for e in (ball, drone):
+        assert (e.terminals | e.timeouts).sum() == 1
+        np.testing.assert_array_equal(e.next_observations[:-1], e.observations[1:])
+        assert all(getattr(e, key).dtype == np.float32 for key in ("observations", "actions", "rewards", "costs"))
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(BadInput, match="unknown task"):
+        envs.make("Nowhere")
+    with pytest.raises(BadInput, match="num_envs"):
+        envs.EpisodeRunner("BallRun", 0)
+    with pytest.raises(BadInput, match="3 seeds for 2 environments"):
+        envs.EpisodeRunner("BallRun", 2).run(lambda o: o[:, :2], [1, 2, 3])

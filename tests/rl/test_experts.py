@@ -1,0 +1,99 @@
+"""The experts stage: what it writes, twice the same, and after a kill the same again."""
+
+import dataclasses
+
+import pytest
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_json
+from springhead.lineage.digests import tree_digest
+from springhead.rl.networks import load_expert
+from springhead.stage import for_test
+from stages.rl import experts
+from stages.rl.experts import Params, Schedule, save_points
+
+pytestmark = pytest.mark.unit
+
+PARAMS = Params(
+    runs=2,
+    policies=3,
+    save_from=0.2,
+    episodes_per_iteration=2,
+    hidden=(8,),
+    learning_rate=1e-3,
+    epochs=1,
+    minibatch=100,
+    target_kl=0.03,
+    discount=0.99,
+    gae_lambda=0.95,
+    pid_kp=0.05,
+    pid_ki=0.005,
+    pid_kd=0.1,
+    tasks={
+        "BallRun": Schedule(iterations=4, cost_limit_start=50, cost_limit_end=0, ramp_from=0.0, ramp_until=1.0),
+    },
+)
+
+
+def test_save_points_rise_and_end_with_the_last_iteration():
+    assert save_points(60, 4, 0.25) == [15, 30, 45, 60]
+    assert save_points(3, 14, 0.2) == [1, 2, 3]
+    assert save_points(1, 1, 0.0) == [1]
+
+
+def test_writes_policies_that_load_with_an_index_that_names_them(tmp_path):
+    stage = for_test(PARAMS, tmp_path / "out", {}, {"task": "BallRun"}, seed=5)
+    experts.run(stage)
+    index = read_json(stage.out / "index.json")
+    assert [line["name"] for line in index] == ["0-00", "0-01", "0-02", "1-00", "1-01", "1-02"]
+    assert len({line["digest"] for line in index}) == 6
+    assert len({line["seed"] for line in index}) == 2
+    for line in index:
+        folder = stage.out / line["name"]
+        assert sorted(path.name for path in folder.iterdir()) == ["policy.json", "policy.safetensors"]
+        assert tree_digest(folder) == line["digest"]
+        policy = load_expert(folder)
+        assert (policy.config.cost_limit, policy.config.seed) == (line["cost_limit"], line["seed"])
+        assert policy.config.env_steps == line["env_steps"]
+    assert index[0]["cost_limit"] > index[2]["cost_limit"] == 0.0
+    assert len((stage.out / "history.csv").read_text().splitlines()) == 1 + 2 * 4
+    assert stage.record.metrics["policies"] == 6
+    assert [model["path"] for model in stage.record.models] == [line["name"] for line in index]
+
+
+@pytest.mark.fault
+def test_a_killed_stage_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    longer = dataclasses.replace(PARAMS.tasks["BallRun"], iterations=12)
+    params = dataclasses.replace(PARAMS, runs=1, tasks={"BallRun": longer})
+    whole = for_test(params, tmp_path / "whole", {}, {"task": "BallRun"})
+    experts.run(whole)
+    killed = for_test(params, tmp_path / "killed", {}, {"task": "BallRun"})
+    seen = []
+
+    def stop(self, step, **values):
+        seen.append(step)
+        if step == 11:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(killed), "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            experts.run(killed)
+        seen.clear()
+        patch.setattr(type(killed), "log", lambda self, step, **values: seen.append(step))
+        experts.run(killed)
+    assert seen == [11, 12]  # resumed from the checkpoint after 10
+    assert tree_digest(killed.out) == tree_digest(whole.out)
+
+
+@pytest.mark.fault
+def test_bad_parameters_are_named(tmp_path):
+    stage = for_test(PARAMS, tmp_path / "out", {}, {"task": "CarRun"})
+    with pytest.raises(BadInput, match=r"rl\.experts\.tasks has no entry 'CarRun'"):
+        experts.run(stage)
+    with pytest.raises(ValueError, match="ramp"):
+        Schedule(iterations=1, cost_limit_start=1, cost_limit_end=1, ramp_from=0.9, ramp_until=0.1)
+    with pytest.raises(ValueError, match="at least 1"):
+        dataclasses.replace(PARAMS, policies=0)
+    with pytest.raises(BadInput, match="unknown task"):
+        experts.run(for_test(PARAMS, tmp_path / "other", {}, {"task": "BalRun"}))

@@ -1,0 +1,222 @@
+"""Each gate closes for its own reason, and only then."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from springhead import gates
+from springhead.errors import BadInput
+from springhead.evidence import read_evidence
+from springhead.lineage.ledger import Ledger
+from tests.promotable import NAME, REPOSITORY, TASK, Checkout
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Checkout(tmp_path_factory.mktemp("gates") / "checkout").all().root
+
+
+@pytest.fixture
+def checkout(template: Path, tmp_path: Path) -> Checkout:
+    shutil.copytree(template, tmp_path / "checkout")
+    return Checkout(tmp_path / "checkout")
+
+
+def judge(checkout: Checkout) -> gates.Judgement:
+    rules, item = gates.rules_for(gates.read_rules(checkout.root), NAME)
+    evidence = read_evidence(checkout.root, checkout.home, NAME, rules.sources(item))
+    return gates.judge(NAME, rules, evidence)
+
+
+def closed(judgement: gates.Judgement) -> dict[str, dict[str, str]]:
+    """Returns by candidate the closed gates and their reasons."""
+    return {c.label: {g.name: g.reason for g in found if not g.passed} for c, found in judgement.results}
+
+
+def test_the_best_candidate_is_chosen_when_all_gates_are_open(checkout: Checkout) -> None:
+    judgement = judge(checkout)
+    assert all(not reasons for reasons in closed(judgement).values())
+    assert judgement.chosen is not None
+    assert judgement.chosen.label == "cdt seed 0"
+    assert len(judgement.results) == 4
+
+
+def test_an_unsafe_candidate_is_never_chosen_however_good(checkout: Checkout) -> None:
+    checkout.evaluate(cdt=1.2)
+    judgement = judge(checkout)
+    assert judgement.chosen is not None
+    assert judgement.chosen.label == "bc-safe seed 1"
+    assert closed(judgement)["cdt seed 0"] == {"bound normalised_cost": "1.2, must be ≤ 1"}
+    assert "cdt seed 0" in judgement.report()
+    assert "bound normalised_cost: 1.2" in judgement.report()
+
+
+def test_a_red_verdict_closes_the_gate(checkout: Checkout) -> None:
+    checkout.validate(success=False, severity="critical")
+    checkout.train()
+    checkout.evaluate()
+    judgement = judge(checkout)
+    assert judgement.chosen is None
+    reasons = closed(judgement)["cdt seed 0"]
+    assert set(reasons) == {"verdict"}
+    assert "red (critical): costs are not negative" in reasons["verdict"]
+
+
+def test_a_warning_passes_where_the_rules_say_so(checkout: Checkout) -> None:
+    checkout.validate(success=False, severity="warning")
+    checkout.train()
+    checkout.evaluate()
+    assert judge(checkout).chosen is not None
+    rules = (checkout.root / gates.RULES).read_text()
+    (checkout.root / gates.RULES).write_text(rules.replace("worst_severity: warning", "worst_severity: none"))
+    assert judge(checkout).chosen is None
+
+
+@pytest.mark.fault
+def test_a_verdict_for_other_data_is_refused(checkout: Checkout) -> None:
+    """F27: an old green verdict does not open the gate for new data."""
+    old = (checkout.root / f"data/rl/validate/{TASK}/verdict.json").read_bytes()
+    checkout.filter("new episodes")
+    checkout.validate()
+    checkout.train(offset=50)
+    checkout.evaluate()
+    assert judge(checkout).chosen is not None
+    (checkout.root / f"data/rl/validate/{TASK}/verdict.json").write_bytes(old)
+    reasons = closed(judge(checkout))["cdt seed 0"]["verdict"]
+    assert "but the verdict is for" in reasons
+    assert "differs from its receipt" in reasons
+
+
+@pytest.mark.fault
+def test_data_made_again_after_training_breaks_the_chain(checkout: Checkout) -> None:
+    checkout.filter("new episodes")
+    checkout.validate()
+    reasons = closed(judge(checkout))["cdt seed 0"]
+    assert "trained on the data" in reasons["verdict"]
+    assert f"rl-train@{TASK}-cdt-0 read another data/rl/filter/{TASK}" in reasons["receipts"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault", ["changed", "added", "removed"])
+def test_a_model_folder_that_is_not_what_was_evaluated(checkout: Checkout, fault: str) -> None:
+    model = checkout.root / f"data/rl/train/{TASK}/cdt/0/model"
+    file = next(model.glob("*.safetensors"))
+    if fault == "changed":
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    elif fault == "added":
+        (model / "extra.json").write_text("{}")
+    else:
+        file.unlink()
+    judgement = judge(checkout)
+    assert "changed, added or removed" in closed(judgement)["cdt seed 0"]["model"]
+    assert judgement.chosen is not None
+    assert judgement.chosen.label == "cdt seed 1"
+
+
+@pytest.mark.fault
+def test_a_model_trained_again_needs_a_new_evaluation(checkout: Checkout) -> None:
+    checkout.train(offset=70)
+    reasons = closed(judge(checkout))["cdt seed 0"]
+    assert "was evaluated, but" in reasons["model"]
+    assert "receipts" in reasons
+
+
+@pytest.mark.fault
+def test_an_edited_evaluation_is_not_believed(checkout: Checkout) -> None:
+    path = checkout.root / f"data/rl/evaluate/{TASK}/summary.json"
+    path.write_text(path.read_text().replace("0.6", "0.9"))
+    judgement = judge(checkout)
+    assert judgement.chosen is None
+    assert all("summary.json differs from its receipt" in r["model"] for r in closed(judgement).values())
+
+
+@pytest.mark.fault
+def test_a_ledger_with_a_changed_line_closes_every_gate(checkout: Checkout) -> None:
+    ledger = checkout.home / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace("c0ffee", "decade", 1))
+    judgement = judge(checkout)
+    assert judgement.chosen is None
+    assert "was changed, removed or moved" in closed(judgement)["cdt seed 0"]["receipts"]
+
+
+def promoted(checkout: Checkout, digest: str, value: float) -> None:
+    body = {"model": NAME, "version": "1", "digest": digest, "figures": {"normalised_return": value}}
+    Ledger(checkout.home).append("promotion", body)
+
+
+def test_a_clearly_better_champion_stays(checkout: Checkout) -> None:
+    promoted(checkout, "f" * 64, 0.66)
+    judgement = judge(checkout)
+    assert judgement.chosen is None
+    assert closed(judgement)["cdt seed 0"] == {
+        "champion": "normalised_return 0.6 against 0.66 of version 1, margin 0.05"
+    }
+    promoted(checkout, "f" * 64, 0.64)  # within the margin
+    chosen = judge(checkout).chosen
+    assert chosen is not None
+    assert chosen.label == "cdt seed 0"
+
+
+def test_a_champion_in_the_evaluation_counts_with_its_figures_there(checkout: Checkout) -> None:
+    other = next(c for c, _ in judge(checkout).results if c.label == "bc-safe seed 0")
+    promoted(checkout, other.digest, 9.0)  # what it once reached elsewhere does not matter
+    chosen = judge(checkout).chosen
+    assert chosen is not None
+    assert chosen.label == "cdt seed 0"
+
+
+def test_missing_figures_and_references_close_the_gate(checkout: Checkout) -> None:
+    rules = yaml.safe_load((checkout.root / gates.RULES).read_text())
+    rules["families"]["rl"]["bounds"] = [
+        {"metric": "applause", "at_least": 1},
+        {"metric": "normalised_return", "not_below": "oracle"},
+    ]
+    (checkout.root / gates.RULES).write_text(yaml.safe_dump(rules))
+    reasons = closed(judge(checkout))["cdt seed 0"]
+    assert "no figure applause" in reasons["bound applause"]
+    assert "reference oracle" in reasons["bound normalised_return"]
+
+
+def test_without_verdict_or_evaluation(checkout: Checkout) -> None:
+    (checkout.root / f"data/rl/validate/{TASK}/verdict.json").unlink()
+    assert "no verdict" in closed(judge(checkout))["cdt seed 0"]["verdict"]
+    (checkout.root / f"data/rl/evaluate/{TASK}/summary.json").unlink()
+    with pytest.raises(BadInput, match=r"summary\.json: no such file"):
+        judge(checkout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"limits": "middle"}, r"families\.rl: unknown key limits"),
+        ({"margin": None}, r"families\.rl\.margin: must be a number"),
+        ({"limit": "upper"}, r"families\.rl\.limit"),
+        ({"bounds": [{"metric": "x", "minimum": 1}]}, r"bounds\[0\]: unknown key minimum"),
+        ({"bounds": [{"metric": "x"}]}, r"bounds\[0\]: bounds nothing"),
+        ({"bounds": [{"metric": "x", "at_most": "low"}]}, r"bounds\[0\]: at_most must be a number"),
+        ({"methods": "cdt"}, r"families\.rl\.methods"),
+        ({"name": "policy"}, r"families\.rl\.name"),
+        ({"worst_severity": "mild"}, r"worst_severity"),
+    ],
+)
+def test_a_mistake_in_the_rules_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    content = yaml.safe_load((REPOSITORY / gates.RULES).read_text())
+    content["families"]["rl"] |= change
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / gates.RULES).write_text(yaml.safe_dump(content))
+    with pytest.raises(BadInput, match=message):
+        gates.read_rules(tmp_path)
+
+
+def test_the_project_s_own_rules_and_names() -> None:
+    rules = gates.read_rules(REPOSITORY)
+    assert gates.rules_for(rules, "policy-CarRun")[1] == "CarRun"
+    assert gates.rules_for(rules, "mend-small-llama") == (rules["llm"], "small-llama")
+    with pytest.raises(BadInput, match="nothing-here: no gates"):
+        gates.rules_for(rules, "nothing-here")
+
+
+def test_nothing_in_the_mlflow_folder_can_shadow_the_package() -> None:
+    assert [path.name for path in (REPOSITORY / "mlflow").rglob("*.py")] == []

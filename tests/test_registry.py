@@ -1,0 +1,308 @@
+"""Promotion into a real MLflow registry, and what is read back from it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from springhead import registry, signing, tracking, versions
+from springhead.errors import BadInput, Finding
+from springhead.jsonio import write_json
+from springhead.lineage.digests import tree_digest
+from springhead.lineage.ledger import Ledger
+from springhead.spool import Spool
+from tests.promotable import NAME, TASK, Checkout, empty_store
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkout = Checkout(tmp_path_factory.mktemp("registry") / "checkout").all()
+    shutil.copy(empty_store(tmp_path_factory), checkout.home / "mlflow.db")
+    return checkout.root
+
+
+@pytest.fixture
+def checkout(template: Path, tmp_path: Path) -> Checkout:
+    shutil.copytree(template, tmp_path / "checkout")
+    return Checkout(tmp_path / "checkout")
+
+
+def promote(checkout: Checkout, **more: Any) -> registry.PromotionResult:
+    return registry.promote(NAME, checkout.root, checkout.home, **more)
+
+
+def promotions(checkout: Checkout) -> list[dict[str, Any]]:
+    return [e["body"] for e in Ledger(checkout.home).entries() if e["kind"] == "promotion"]
+
+
+def model_of(checkout: Checkout, algorithm: str = "cdt", seed: int = 0) -> Path:
+    return checkout.root / f"data/rl/train/{TASK}/{algorithm}/{seed}/model"
+
+
+def test_a_promotion_binds_alias_version_digests_signature_and_ledger(checkout: Checkout, tmp_path: Path) -> None:
+    digest = tree_digest(model_of(checkout))
+    head = Ledger(checkout.home).head()
+    result = promote(checkout)
+    assert result.changed
+    assert (result.version, result.digest, result.label) == ("1", digest, "cdt seed 0")
+    assert str(result) == f"version 1 is the champion (cdt seed 0, {digest[:12]})"
+    (body,) = promotions(checkout)
+    assert body["digest"] == digest
+    assert body["data_digest"] == tree_digest(checkout.root / f"data/rl/filter/{TASK}")
+    assert body["figures"]["normalised_return"] == 0.6
+    assert body["previous"] is None
+    (champion,) = registry.champions(checkout.home)
+    assert (champion.name, champion.version, champion.digest, champion.aliases) == (NAME, "1", digest, ("champion",))
+    assert champion.tags["ledger.head"] == head
+    assert champion.tags["git.revision"] == "c0ffee"
+    assert champion.tags["data.sha256"] == body["data_digest"]
+    assert champion.stage == f"rl-train@{TASK}-cdt-0"
+    assert champion.path == model_of(checkout).relative_to(checkout.root).as_posix()
+    statement = signing.verify(model_of(checkout), checkout.home)
+    sources = {d["name"]: d["digest"] for d in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    assert sources[f"data/rl/filter/{TASK}"] == {"sha256": body["data_digest"]}
+    assert Ledger(checkout.home).verify() == []
+    folder = registry.download(checkout.home, f"models:/{NAME}@champion", tmp_path / "got")
+    assert tree_digest(folder) == digest
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")]
+
+
+def test_promoting_the_same_again_changes_nothing(checkout: Checkout) -> None:
+    promote(checkout)
+    entries = Ledger(checkout.home).entries()
+    again = promote(checkout)
+    assert not again.changed
+    assert "already the champion" in str(again)
+    assert Ledger(checkout.home).entries() == entries
+    assert len(registry.versions_of(checkout.home, NAME)) == 1
+
+
+def test_a_better_model_replaces_the_champion_which_becomes_previous(checkout: Checkout) -> None:
+    promote(checkout)
+    first = tree_digest(model_of(checkout))
+    checkout.train(offset=50)
+    checkout.evaluate(bonus=0.1)
+    result = promote(checkout)
+    assert result.version == "2"
+    one, two = registry.versions_of(checkout.home, NAME)
+    assert (one.aliases, two.aliases) == (("previous",), ("champion",))
+    assert promotions(checkout)[-1]["previous"] == {"version": "1", "digest": first}
+    assert registry.resolve(checkout.home, f"{NAME}@previous").digest == first
+
+
+def test_a_worse_model_is_refused_and_nothing_moves(checkout: Checkout) -> None:
+    promote(checkout)
+    checkout.train(offset=50)
+    checkout.evaluate(bonus=-0.2)
+    with pytest.raises(Finding, match=r"normalised_return 0\.4 against 0\.6 of version 1") as refusal:
+        promote(checkout)
+    assert str(refusal.value).count("champion:") == 4  # one reason for each candidate
+    assert registry.champions(checkout.home)[0].version == "1"
+    assert len(promotions(checkout)) == 1
+
+
+@pytest.mark.fault
+def test_a_red_verdict_or_a_changed_model_registers_nothing(checkout: Checkout) -> None:
+    checkout.validate(success=False, severity="critical")
+    with pytest.raises(Finding, match="the verdict is red"):
+        promote(checkout)
+    assert registry.champions(checkout.home) == []
+    assert promotions(checkout) == []
+    assert not (checkout.home / "signatures").exists()
+
+
+def test_a_dry_run_only_judges(checkout: Checkout) -> None:
+    result = promote(checkout, dry_run=True)
+    assert "would become the champion" in str(result)
+    assert promotions(checkout) == []
+    assert registry.champions(checkout.home) == []
+    promote(checkout)
+    assert "would stay the champion" in str(promote(checkout, dry_run=True))
+
+
+@pytest.mark.fault
+def test_an_alias_set_by_hand_is_visible_and_put_back(checkout: Checkout) -> None:
+    """F15: the registry takes any alias; the ledger tells which one is ours."""
+    promote(checkout)
+    checkout.train(offset=50)
+    checkout.evaluate(bonus=0.1)
+    promote(checkout)
+    tracking.connect(checkout.home).set_registered_model_alias(NAME, "champion", "1")
+    (champion,) = registry.champions(checkout.home)
+    assert champion.version != promotions(checkout)[-1]["version"]
+    result = promote(checkout)
+    assert "the alias is back on version 2, it was on version 1" in str(result)
+    assert registry.champions(checkout.home)[0].version == "2"
+    assert len(promotions(checkout)) == 2
+
+
+@pytest.mark.fault
+def test_bytes_swapped_in_the_store_are_noticed(checkout: Checkout, tmp_path: Path) -> None:
+    """F13: MLflow says READY; the digest says no."""
+    promote(checkout)
+    stored = min((checkout.home / "mlartifacts").rglob("*.safetensors"))
+    stored.write_bytes(stored.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(Finding, match="differs from what was signed"):
+        registry.download(checkout.home, f"{NAME}@champion", tmp_path / "got")
+    result = promote(checkout)  # the model in the checkout is whole, so it is registered again
+    assert result.version == "2"
+    with pytest.raises(BadInput, match="not an empty folder"):
+        registry.download(checkout.home, f"{NAME}@champion", tmp_path / "got")
+    assert registry.download(checkout.home, f"{NAME}@champion", tmp_path / "again").is_dir()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "call", ["create_model_version", "set_registered_model_alias", "finalize_logged_model", "log_model_artifacts"]
+)
+def test_a_promotion_that_dies_anywhere_is_completed_by_the_next(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    from mlflow import MlflowClient
+
+    original = getattr(MlflowClient, call)
+
+    def dies(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        original(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MlflowClient, call, dies)
+    with pytest.raises(KeyboardInterrupt):
+        promote(checkout)
+    monkeypatch.setattr(MlflowClient, call, original)
+    promote(checkout)
+    (champion,) = registry.champions(checkout.home)
+    assert champion.version == promotions(checkout)[-1]["version"]
+    assert len(promotions(checkout)) == 1
+    assert len(registry.versions_of(checkout.home, NAME)) == 1
+
+
+def test_references_in_every_form(checkout: Checkout) -> None:
+    with pytest.raises(BadInput, match="no registered model"):
+        registry.resolve(checkout.home, f"models:/{NAME}@champion")
+    digest = promote(checkout).digest
+    forms = (f"models:/{NAME}@champion", f"{NAME}@champion", f"models:/{NAME}/1", f"{NAME}/1", digest, digest[:8])
+    assert {registry.resolve(checkout.home, ref).digest for ref in forms} == {digest}
+    for ref, message in {
+        f"{NAME}@hero": "no alias hero; it has champion",
+        f"{NAME}/9": "no version 9",
+        "policy-Other@champion": f"there are {NAME}",
+        "f" * 64: "no registered model has this digest",
+        "what/ever/it": "not a reference",
+    }.items():
+        with pytest.raises(BadInput, match=message):
+            registry.resolve(checkout.home, ref)
+
+
+def test_names_that_can_be_promoted(checkout: Checkout) -> None:
+    assert registry.promotable(checkout.root) == [NAME]
+    rules = checkout.root / "mlflow/gates.yaml"
+    rules.write_text(rules.read_text().replace("items: all  # or a list of tasks", "items: [CarRun]"))
+    assert registry.promotable(checkout.root) == []
+    with pytest.raises(BadInput, match="no gates"):
+        promote(checkout)
+
+
+def test_the_version_points_at_the_run_that_made_the_model(checkout: Checkout) -> None:
+    recorder = Spool(checkout.home, "x-train")
+    stage = f"rl-train@{TASK}-cdt-0"
+    recorder.event("start", stage=stage, attempt=1, params={}, tags={}, time=1000.0)
+    path = model_of(checkout).relative_to(checkout.root).as_posix()
+    recorder.event("model", path=path, sha256=tree_digest(model_of(checkout)), kind="policy", facts={})
+    recorder.event("end", status="FINISHED", seconds=1.0, time=1001.0)
+    recorder.close()
+    promote(checkout)
+    (champion,) = registry.champions(checkout.home)
+    assert champion.run is not None
+    run = tracking.connect(checkout.home).get_run(champion.run)
+    assert run.data.tags[tracking.EXECUTION] == "x-train"
+
+
+@pytest.mark.fault
+def test_without_mlflow_the_message_says_so(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match=r"MLflow at http://127\.0\.0\.1:9 cannot be reached"):
+        promote(checkout)
+    assert promotions(checkout) == []
+
+
+@pytest.mark.fault
+def test_a_tag_cannot_lead_out_of_the_model(checkout: Checkout, tmp_path: Path) -> None:
+    """F24: whoever may write tags must not make us read elsewhere."""
+    promote(checkout)
+    client = tracking.connect(checkout.home)
+    client.set_model_version_tag(NAME, "1", versions.WITHIN, "../../../../..")
+    with pytest.raises(BadInput, match="leads out of the model"):
+        registry.download(checkout.home, f"{NAME}@champion", tmp_path / "got")
+
+
+def test_the_served_form_answers_like_the_policy(checkout: Checkout) -> None:
+    import mlflow
+    import pandas as pd
+
+    from springhead.rl.policy import load_policy, predict
+
+    promote(checkout)
+    tracking.connect(checkout.home)
+    served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    policy = load_policy(model_of(checkout))
+    observations = np.random.default_rng(0).standard_normal((3, policy.observation_dim), dtype=np.float32)
+    for limit in (10.0, 40.0):
+        expected = predict(policy, observations, limit)
+        np.testing.assert_array_equal(served.predict(observations, params={"cost_limit": limit}), expected)
+        frame = pd.DataFrame(observations)
+        np.testing.assert_array_equal(served.predict(frame, params={"cost_limit": limit}), expected)
+    np.testing.assert_array_equal(served.predict(observations), predict(policy, observations, 20.0))
+
+
+def small_llama(folder: Path, seed: int) -> None:
+    """Writes a real, tiny language model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+
+
+def test_a_language_model_loads_from_what_mlflow_gives_back(checkout: Checkout, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    root = checkout.root
+    rules = root / "mlflow/gates.yaml"
+    rules.write_text(rules.read_text().replace("items: [small-llama]", "items: [tiny]"))
+    for step, reads in (("generate", []), ("filter", ["data/llm/generate"])):
+        (root / f"data/llm/{step}").mkdir(parents=True)
+        (root / f"data/llm/{step}/train.jsonl").write_text(f"{step}\n")
+        checkout.receipt(f"llm-{step}", f"data/llm/{step}", reads)
+    verdict = {"data_digest": tree_digest(root / "data/llm/filter"), "success": True, "severity": "none"}
+    write_json(root / "data/llm/validate/verdict.json", {**verdict, "suite": "llm", "expectations": []})
+    checkout.receipt("llm-validate", "data/llm/validate", ["data/llm/filter"])
+    models = []
+    small_llama(root / "data/llm/students/tiny", 0)
+    checkout.receipt("llm-students@tiny", "data/llm/students/tiny", [], ["data/llm/students/tiny"])
+    for seed, (method, value) in enumerate([("sft", 0.5), ("mend", 0.7), ("mend", 0.6)]):
+        out = f"data/llm/finetune/tiny/{method}/{seed}"
+        small_llama(root / out / "model", seed + 1)
+        reads = ["data/llm/filter", "data/llm/students/tiny"]
+        checkout.receipt(f"llm-finetune@tiny-{method}-{seed}", out, reads, [f"{out}/model"])
+        entry = {"method": method, "seed": seed, "path": f"{out}/model", "digest": tree_digest(root / out / "model")}
+        models.append(entry | {"metrics": {"worst_case": value, "worst_case_interval": [0.1, 0.9]}})
+    base = {"method": "base", "seed": -1, "path": "data/llm/students/tiny"}
+    base |= {"digest": tree_digest(root / "data/llm/students/tiny"), "metrics": {"worst_case": 0.0}}
+    write_json(root / "data/llm/evaluate/tiny/summary.json", {"models": [base, *models]})
+    reads = ["data/llm/filter", "data/llm/students/tiny", "data/llm/finetune/tiny"]
+    checkout.receipt("llm-evaluate@tiny", "data/llm/evaluate/tiny", reads)
+
+    result = registry.promote("mend-tiny", root, checkout.home)
+    assert (result.label, len(result.judgement.results)) == ("mend seed 1", 2)
+    folder = registry.download(checkout.home, "models:/mend-tiny@champion", tmp_path / "got")
+    assert tree_digest(folder) == result.digest
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 16

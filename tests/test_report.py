@@ -1,0 +1,173 @@
+# ruff: noqa: F401, F811  (fixtures of pytest are imported, then named as arguments)
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from springhead.errors import BadInput
+from springhead.lineage.graph import Graph
+from springhead.lineage.ledger import Ledger
+from springhead.report import build
+from springhead.report.build import size
+from springhead.report.collect import leaderboard, number
+from tests.lineage.conftest import root, sample_template
+from tests.lineage.sample import TASK
+
+pytestmark = pytest.mark.unit
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects links, ids and the text."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr", "path", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.links += [v for k in ("href", "src") if (v := values.get(k))]
+        self.ids += [v for v in (values.get("id"),) if v]
+        if tag == "img":
+            self.images.append(values)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def promote(root: Path) -> None:
+    model = next(m for m in Graph.read(root).models if m.path.endswith("cdt/0/model"))
+    body = {"model": f"policy-{TASK}", "version": "4", "digest": model.sha256, "signature": "5" * 64,
+            "data_digest": "6" * 64, "figures": {"normalised_return": 0.6181}}  # fmt: skip
+    Ledger(root / ".springhead").append("promotion", body)
+
+
+def test_the_page_shows_the_numbers_of_the_run(root: Path) -> None:
+    promote(root)
+    front = build(root, out=root / "out")
+    page = Page(front.read_text())
+    for part in (
+        "17 of 17", "0.618 ± 0.017", "0.880 ± 0.060", "0.690 ± 0.020", "0.410 [0.350, 0.470]",
+        f"policy-{TASK}", "version 4",
+        f"springhead lineage models:/policy-{TASK}@champion", "near-duplicate", "outlier", "at least 100 rows",
+        "3 dropped by filters", "25", "Where it comes from: 5 stages", "12s", "0123456789",
+    ):  # fmt: skip
+        assert part in page.text, part
+    assert "Not everything could be shown" not in page.text
+
+
+def test_the_page_needs_no_network_and_no_script(root: Path) -> None:
+    promote(root)
+    front = build(root, out=root / "out")
+    text = front.read_text()
+    page = Page(text)
+    assert "<script" not in text
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    for link in page.links:
+        assert not link.startswith(("http:", "https:", "//", "/")), link
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        else:
+            assert (front.parent / link).is_file(), link
+
+
+def test_the_page_is_accessible(root: Path) -> None:
+    text = build(root, out=root / "out").read_text()
+    page = Page(text)
+    assert page.images
+    assert all(image["alt"] for image in page.images)
+    assert '<html lang="en">' in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count('<svg class="dag"') == text.count('aria-label="Safe policies') + text.count('aria-label="Lang')
+    assert re.findall(r"<h1", text) == ["<h1"]
+
+
+def test_an_empty_checkout_gives_a_page_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    page = Page(build(tmp_path, tmp_path, tmp_path / "out").read_text())
+    for part in ("No model has been promoted yet", "No evaluation has run yet", "Nothing has run yet", "0 of 0"):
+        assert part in page.text
+
+
+def test_what_is_missing_or_damaged_is_said(root: Path) -> None:
+    promote(root)
+    shutil.rmtree(root / f"data/rl/evaluate/{TASK}")
+    (root / f"data/rl/validate/{TASK}/verdict.json").write_text("{}")
+    (root / "data/llm/filter/decisions.parquet").write_bytes(b"no")
+    (root / "data/receipts/llm-problems.json").write_text("{")
+    (root / "dvc.lock").write_text("stages: [")
+    ledger = root / ".springhead/ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes().replace(b'"host":"sample"', b'"host":"simple"', 1))
+    page = Page(build(root, out=root / "out").read_text())
+    for part in (
+        "Not everything could be shown", "The ledger is damaged", f"verdict of rl-validate@{TASK} cannot be read",
+        "decisions.parquet: not a readable Parquet file", "llm-problems.json: not valid JSON",
+        "dvc.lock cannot be read", f"not in the workspace: data/rl/evaluate/{TASK}", "No leaderboard",
+    ):  # fmt: skip
+        assert part in page.text, part
+
+
+def test_a_failed_stage_is_marked_until_it_ran_again(root: Path) -> None:
+    ledger = Ledger(root / ".springhead")
+    ledger.append("failure", {"stage": f"rl-train@{TASK}-cdt-0", "error": "out of\nspace", "inputs": "x"})
+    page = Page(build(root, out=root / "out").read_text())
+    assert "failed out of" in page.text
+    assert "16 of 17" in page.text
+
+
+def test_text_from_the_outside_is_escaped(root: Path) -> None:
+    board = root / f"data/rl/evaluate/{TASK}/leaderboard.csv"
+    board.write_text("algorithm,normalised_return\n<script>alert(1)</script>,1.5\n")
+    assert "<script" not in build(root, out=root / "out").read_text()
+
+
+def test_a_folder_of_other_files_is_never_emptied(root: Path) -> None:
+    (root / "mine").mkdir()
+    (root / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="holds other files"):
+        build(root, out=root / "mine")
+    assert (root / "mine" / "thesis.txt").read_text() == "years of work"
+    assert build(root).parent == root / "report"
+    stale = root / "report" / "assets" / "old.png"
+    stale.write_bytes(b"")
+    build(root)
+    assert not stale.exists()
+
+
+def test_a_leaderboard_joins_figures_with_their_spread(tmp_path: Path) -> None:
+    path = tmp_path / "leaderboard.csv"
+    path.write_text("algorithm,normalised_cost,normalised_cost_spread,safe\ncdt,1.25,0.5,False\nbc,0.5,0,True\n")
+    table = leaderboard(path, [])
+    assert table is not None
+    assert [title for _, title in table["columns"]] == ["algorithm", "normalised cost", "safe"]
+    assert table["rows"][0]["normalised_cost"] == ("1.250 ± 0.500", "bad")
+    assert table["rows"][1]["normalised_cost"] == ("0.500 ± 0.000", "good")
+    assert table["rows"][1]["safe"] == ("yes", "")
+    path.write_text("")
+    assert leaderboard(path, []) is None
+
+
+def test_figures_and_sizes_are_short() -> None:
+    assert [number(x) for x in (3.0, 0.12345, 123.456, 1e9)] == ["3", "0.123", "123.5", "1,000,000,000.0"]
+    assert [size(n) for n in (812, 3_400_000, 2_100_000_000)] == ["812 B", "3.4 MB", "2.1 GB"]

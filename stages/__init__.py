@@ -7,14 +7,44 @@ keep every tool offline live here.
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
+from pathlib import Path
 
-# DVC runs a stage as its child. If DVC is killed, the stage must not go on writing as an orphan;
-# asked for here, before the slow imports, so that no moment is left in which it could.
+_SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish", "ash", "busybox"}
+
+
+def _die_with_dvc() -> None:
+    """Ends this process when DVC is gone, so that a killed run leaves nobody writing.
+
+    DVC runs a command through a shell. Some shells replace themselves by a lone command, and DVC
+    is then the parent, whose death the kernel reports; others (dash, when ``SHELL`` is not set)
+    stay in between and outlive DVC, so the shell's parent is watched as well.
+    """
+    set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    try:
+        # The name stands in parentheses and may hold spaces; state and parent follow it.
+        name, _, rest = Path(f"/proc/{os.getppid()}/stat").read_text().partition("(")[2].rpartition(")")
+        if name not in _SHELLS:
+            return
+        watched = os.pidfd_open(int(rest.split()[1]))
+    except OSError:
+        os.kill(os.getpid(), signal.SIGKILL)  # they died while this process started
+
+    def watch() -> None:
+        select.select([watched], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="dvc-watch", daemon=True).start()
+
+
+# Asked for here, before the slow imports, so that no moment is left in which a stage could stay
+# behind as an orphan.
 if sys.platform == "linux" and "DVC_STAGE" in os.environ:
-    _PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _die_with_dvc()
 
 # One thread per process: sums split over threads would depend on the number of cores. Stages
 # that want more cores start whole units of work in processes of their own.

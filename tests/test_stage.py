@@ -125,12 +125,17 @@ def test_a_full_disk_fails_cleanly_and_the_next_run_succeeds(project: Project) -
 
 
 @pytest.mark.fault
-def test_a_killed_dvc_leaves_no_orphan_and_no_partial_output(project: Project) -> None:
-    project.params("rows: 4, pause: 60.0")
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+def test_a_killed_dvc_leaves_no_orphan_and_no_partial_output(project: Project, shell: str) -> None:
+    # DVC runs a command by $SHELL: bash gives its place to the command, dash stays in between.
+    project.params("rows: 4, pause: 600.0")
     process = subprocess.Popen(
-        ["dvc", "repro", "rl-make"], cwd=project.root, env=project.env, stderr=subprocess.DEVNULL
+        ["dvc", "repro", "rl-make"],
+        cwd=project.root,
+        env={**project.env, "SHELL": shell},
+        stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (left := list((project.root / "data/rl").glob(".make.tmp-*"))):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -16,7 +16,7 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help install run test test-slow lint report clean
+.PHONY: help install browser run test test-slow lint report clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -37,13 +37,21 @@ $(VENV)/.installed: locks/full.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+# Debian's package; the lineage page is tested in it. Without root, or without a package source, its tests are skipped.
+browser:  ## install the Chromium that the page tests drive, where that is possible
+	@if test -x /usr/bin/chromium; then :; \
+	elif test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+	  { apt-get update -qq -o Acquire::http::Timeout=15 && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } \
+	    > /dev/null 2>&1 || echo "chromium could not be installed: the page tests are skipped"; \
+	else echo "no /usr/bin/chromium: the page tests are skipped (as root: apt-get install chromium)"; fi
+
 run: install  ## run the whole pipeline: both branches, from nothing to a promoted model
 	springhead run $(ARGS)
 
-test: install lint  ## run the checks and the default tests
+test: install browser lint  ## run the checks and the default tests
 	python -m pytest
 
-test-slow: install  ## run the long learning tests as well
+test-slow: install browser  ## run the long learning tests as well
 	python -m pytest -m 'not gpu'
 
 lint: install  ## ruff, mypy, import layers, spelling

@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 
 from springhead.errors import BadInput
 
+ROW_GROUP = 1 << 15
+"""Rows in a row group: what must be read to find one row; of ids, two megabytes."""
+
 
 def write_table(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarray], schema: pa.Schema) -> pa.Table:
     """Writes columns as one Parquet file and returns the table.
@@ -32,7 +35,7 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarr
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise BadInput(f"{path}: {error}") from error
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", version="2.6", store_schema=True)
+    pq.write_table(table, path, compression="zstd", version="2.6", store_schema=True, row_group_size=ROW_GROUP)
     return table
 
 

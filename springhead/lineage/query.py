@@ -37,8 +37,13 @@ class Subject:
     registry: dict[str, Any] | None = None
 
 
-def lineage(root: Path, ref: str) -> dict[str, Any]:
+def lineage(root: Path, ref: str, scan: bool = False) -> dict[str, Any]:
     """Answers for any reference; see :func:`find` for the forms.
+
+    Args:
+        root: the repository root.
+        ref: what is asked about.
+        scan: read every row table whole instead of asking the index in the state folder where a row is.
 
     Raises:
         BadInput: if the reference is unknown or ambiguous; the message says what to do.
@@ -46,7 +51,7 @@ def lineage(root: Path, ref: str) -> dict[str, Any]:
     graph = Graph.read(root)
     subject = find(root, graph, ref)
     if subject.kind == "row":
-        return lineage_of_row(root, ref, graph)
+        return lineage_of_row(root, ref, graph, scan)
     return {"query": ref, **_behind(root, graph, subject)}
 
 
@@ -319,19 +324,20 @@ def _from_promotion(promotion: dict[str, Any] | None) -> dict[str, Any] | None:
 # -- what became of a row -------------------------------------------------------------------------
 
 
-def lineage_of_row(root: Path, row: str, graph: Graph | None = None) -> dict[str, Any]:
+def lineage_of_row(root: Path, row: str, graph: Graph | None = None, scan: bool = False) -> dict[str, Any]:
     """Returns where a row is, what each filter decided, its relatives, and the models it trained.
 
     Args:
         root: the repository root.
         row: at least eight digits of its id.
         graph: the artefact graph, read from ``root`` by default.
+        scan: read every row table whole instead of asking the index in the state folder.
 
     Raises:
         BadInput: if the id is unknown or ambiguous.
     """
     graph = graph or Graph.read(root)
-    rows = Rows(root, graph)
+    rows = Rows(root, graph, scan)
     full = rows.find(_digits(row.removeprefix("row:"), row), row)
     below = rows.relatives(full, up=False)
     places = rows.places(full)

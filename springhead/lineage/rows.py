@@ -1,28 +1,32 @@
 """Questions about single rows: episodes of a safe-RL data set, rows of a text data set.
 
-Row tables, decisions and quarantine lists are Parquet files beside the data. DuckDB reads them
-in place, so there is no index to build, to keep in step or to trust.
+Row tables, decisions and quarantine lists are Parquet files beside the data. Counts over whole tables are
+DuckDB's; single rows are read from the few row groups that :mod:`springhead.lineage.index` names, so that a
+question about one of ten million rows takes a moment.
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from springhead.errors import BadInput
+from springhead.home import home as state_folder
 from springhead.lineage.graph import Graph
+from springhead.lineage.index import DIGITS, IDS, MENTIONS, Index, prefixes
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 ROWS, DECISIONS, QUARANTINE = "rows.parquet", "decisions.parquet", "quarantine.parquet"
-# Each kind of table with the columns that a query may name, also where a file lacks them.
-_COLUMNS = {
-    ROWS: {"id": "VARCHAR", "parents": "VARCHAR[]"},
-    DECISIONS: {"id": "VARCHAR", "replaced_by": "VARCHAR"},
-    QUARANTINE: {"id": "VARCHAR"},
-}
+_KINDS = (ROWS, DECISIONS, QUARANTINE)
 _MOST = 10_000  # rows followed from one row; more means the question was about a data set
+_CHANGED, _EQUAL = "changed by a filter", "dropped for an equal row"
 
 
 def plain(value: Any) -> Any:
@@ -40,21 +44,22 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def _strings(ids: Iterable[str]) -> pa.Array:
+    return pa.array(sorted(set(ids)), pa.string())
+
+
 class Rows:
     """The row tables that the receipts of a checkout name.
 
     Args:
         root: the repository root.
         graph: its artefact graph.
+        scan: read every table whole instead of using the index of the state folder.
     """
 
-    def __init__(self, root: Path, graph: Graph) -> None:
-        import duckdb
-
+    def __init__(self, root: Path, graph: Graph, scan: bool = False) -> None:
         self.root, self.graph = root, graph
-        self._connection: DuckDBPyConnection = duckdb.connect(":memory:")
-        self._connection.execute("SET threads TO 2")
-        self.tables: dict[str, dict[str, str]] = {kind: {} for kind in _COLUMNS}
+        self.tables: dict[str, dict[str, str]] = {kind: {} for kind in _KINDS}
         """For each kind of table, the stage that wrote it by path."""
         self.missing: list[str] = []
         """Tables that receipts name but that are not in the workspace."""
@@ -64,8 +69,8 @@ class Rows:
                     kind = file.rpartition("/")[2]
                     if kind in self.tables:
                         self._add(kind, f"{out}/{file}", stage)
-        for kind in _COLUMNS:
-            self._view(kind)
+        paths = [path for kind in _KINDS for path in self.tables[kind]]
+        self.index = Index(root, state_folder(root), paths, scan)
 
     def _add(self, kind: str, path: str, stage: str) -> None:
         if (self.root / path).is_file():
@@ -73,22 +78,27 @@ class Rows:
         else:
             self.missing.append(path)
 
-    def _view(self, kind: str) -> None:
-        """Makes the union of all tables of a kind, with the file each row is in as ``table``."""
-        wanted = _COLUMNS[kind]
-        parts = [", ".join(f"NULL::{t} AS {name}" for name, t in wanted.items()) + ', NULL AS "table" WHERE false']
-        for path in self.tables[kind]:
-            there = self.columns(path)
-            chosen = [f"{name if name in there else 'NULL'}::{t} AS {name}" for name, t in wanted.items()]
-            parts.append(f'{", ".join(chosen)}, {_literal(path)} AS "table" FROM {self.source(path)}')
-        union = " UNION ALL ".join(f"SELECT {part}" for part in parts)
-        self._connection.execute(f"CREATE VIEW {kind.partition('.')[0]} AS {union}")
+    @cached_property
+    def _connection(self) -> "DuckDBPyConnection":
+        import duckdb
+
+        return duckdb.connect(":memory:")
 
     def ask(self, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Runs a query and returns its rows as dictionaries of JSON values."""
-        done = self._connection.execute(sql, list(values))
-        names = [column[0] for column in done.description or ()]
-        return [{n: plain(v) for n, v in zip(names, row, strict=True)} for row in done.fetchall()]
+        """Runs a query and returns its rows as dictionaries of JSON values.
+
+        Raises:
+            BadInput: if a table of the workspace is damaged.
+        """
+        import duckdb
+
+        try:
+            done = self._connection.execute(sql, list(values))
+            names = [column[0] for column in done.description or ()]
+            return [{n: plain(v) for n, v in zip(names, row, strict=True)} for row in done.fetchall()]
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
+            brief = str(error).splitlines()[0]
+            raise BadInput(f"a row table cannot be read ({brief}); restore it with `dvc checkout`") from None
 
     def columns(self, path: str) -> list[str]:
         """Returns the column names of a table.
@@ -96,14 +106,7 @@ class Rows:
         Raises:
             BadInput: if the file is not readable Parquet.
         """
-        import duckdb
-
-        try:
-            found = self._connection.execute(f"DESCRIBE SELECT * FROM {self.source(path)}").fetchall()
-        except duckdb.Error as error:
-            brief = str(error).splitlines()[0]
-            raise BadInput(f"{path}: not a readable Parquet file ({brief}); restore it with `dvc checkout`") from None
-        return [str(row[0]) for row in found]
+        return list(self.index.table(path).schema_arrow.names)
 
     def source(self, path: str) -> str:
         """Returns a table of the workspace as an SQL source."""
@@ -111,18 +114,30 @@ class Rows:
 
     # -- one row --------------------------------------------------------------------------------
 
+    def _some(self, path: str, ids: pa.Array, columns: Sequence[str], what: str = IDS) -> pa.Table:
+        """Returns chosen columns of the row groups that may hold some of ``ids``."""
+        groups = self.index.groups(path, np.unique(prefixes(ids)), what)
+        table = self.index.table(path)
+        names = [name for name in columns if name in table.schema_arrow.names]
+        return self.index.read(path, groups, names)
+
     def find(self, prefix: str, ref: str = "") -> str:
         """Returns the one id that begins with ``prefix``; errors quote ``ref``, what the user typed.
 
         Raises:
             BadInput: if no row, or more than one, has such an id.
         """
-        sql = " UNION ".join(f"SELECT id FROM {kind.partition('.')[0]} WHERE starts_with(id, ?)" for kind in _COLUMNS)
-        ids = sorted({row["id"] for row in self.ask(sql, [prefix] * len(_COLUMNS))})
+        ids: set[str] = set()
+        first, last = (prefixes(_strings([prefix.ljust(DIGITS, digit)])) for digit in "0f")
+        for kind in _KINDS:
+            for path in self.tables[kind]:
+                groups = self.index.groups(path, first, last=last)
+                column = self.index.read(path, groups, ["id"])["id"]
+                ids |= set(column.filter(pc.starts_with(column, prefix)).to_pylist())
         if len(ids) == 1:
-            return str(ids[0])
+            return ids.pop()
         if ids:
-            shown = ", ".join(i[: max(16, len(prefix) + 4)] for i in ids[:5])
+            shown = ", ".join(i[: max(16, len(prefix) + 4)] for i in sorted(ids)[:5])
             raise BadInput(f"{ref or prefix}: {len(ids)} rows begin like this ({shown} …); give more digits")
         tables = len(self.tables[ROWS])
         hint = f"; {len(self.missing)} tables are not in the workspace, run `dvc checkout`" if self.missing else ""
@@ -145,33 +160,36 @@ class Rows:
         return self._whole(QUARANTINE, row)
 
     def _whole(self, kind: str, row: str) -> list[dict[str, Any]]:
-        name = kind.partition(".")[0]
-        tables = {hit["table"] for hit in self.ask(f'SELECT DISTINCT "table" FROM {name} WHERE id = ?', [row])}
-        return [
-            {"stage": stage, "table": path, "row": found}
-            for path, stage in self.tables[kind].items()
-            if path in tables
-            for found in self.ask(f"SELECT * FROM {self.source(path)} WHERE id = ?", [row])
-        ]
+        found = []
+        key = np.unique(prefixes(_strings([row])))
+        for path, stage in self.tables[kind].items():
+            for group in self.index.groups(path, key):
+                at = pc.indices_nonzero(pc.equal(self.index.read(path, [group], ["id"])["id"], row))
+                if len(at):  # a group may hold another row with the same eight digits
+                    whole = self.index.read(path, [group], self.columns(path)).take(at)
+                    found += [{"stage": stage, "table": path, "row": plain(entry)} for entry in whole.to_pylist()]
+        return found
 
     # -- rows around it -------------------------------------------------------------------------
 
     def _edges(self, ids: Iterable[str], up: bool) -> list[tuple[str, str, str]]:
         """Returns (known id, other id, relation) for the rows one step above or below ``ids``."""
-        known = sorted(set(ids))
-        if up:
-            made = (
-                "SELECT id AS here, unnest(parents) AS there, 'parent' AS how FROM rows WHERE id IN (SELECT unnest(?))"
-            )
-            changed = "SELECT replaced_by AS here, id AS there, 'changed by a filter' AS how FROM decisions "
-            changed += "WHERE replaced_by IN (SELECT unnest(?)) AND replaced_by <> id"
-        else:
-            made = "SELECT here, id AS there, how FROM (SELECT id, unnest(parents) AS here, 'parent' AS how FROM rows) "
-            made += "WHERE here IN (SELECT unnest(?))"
-            changed = "SELECT id AS here, replaced_by AS there, 'changed by a filter' AS how FROM decisions "
-            changed += "WHERE id IN (SELECT unnest(?)) AND replaced_by IS NOT NULL AND replaced_by <> id"
-        sql = f"SELECT DISTINCT here, there, how FROM ({changed} UNION ALL {made}) ORDER BY ALL"
-        return [(e["here"], e["there"], e["how"]) for e in self.ask(sql, [known, known])]
+        known = _strings(ids)
+        found: set[tuple[str, str, str]] = set()
+        for path in self.tables[ROWS]:
+            if "parents" in self.columns(path):
+                some = self._some(path, known, ["id", "parents"], IDS if up else MENTIONS)
+                parents = some["parents"].combine_chunks()
+                pairs = (pc.take(some["id"], pc.list_parent_indices(parents)), pc.list_flatten(parents))
+                found |= _matching(*(pairs if up else reversed(pairs)), known, "parent")
+        for path in self.tables[DECISIONS]:
+            if "replaced_by" in self.columns(path):
+                some = self._some(path, known, ["id", "replaced_by", "kept"], MENTIONS if up else IDS)
+                for kept, how in ((True, _CHANGED), (False, _EQUAL)):
+                    part = some.filter(pc.equal(some["kept"], kept))
+                    pair = (part["replaced_by"], part["id"])
+                    found |= _matching(*(pair if up else reversed(pair)), known, how)
+        return sorted(edge for edge in found if edge[0] != edge[1])
 
     def relatives(self, row: str, up: bool) -> list[dict[str, Any]]:
         """Returns the rows a row was made from (``up``) or that were made from it, nearest first.
@@ -199,30 +217,41 @@ class Rows:
                 return f"{folder}/{ROWS}"
         return None
 
-    def _chosen(self, data: str, method: str | None) -> str | None:
-        """Returns the rows of a data set as an SQL source: of its file, and of one method where given."""
+    def _conditions(self, table: str, data: str, method: str | None) -> dict[str, str]:
+        """Returns the values that the rows of a data set have in its table: of its file, of one method."""
+        columns, file = self.columns(table), data.rpartition("/")[2]
+        wanted = {}
+        if "file" in columns and file.endswith((".jsonl", ".hdf5")):
+            wanted["file"] = file  # one table may cover several files
+        if "method" in columns and method is not None:
+            wanted["method"] = method  # fine-tuning takes the rows of its method
+        return wanted
+
+    def chosen(self, data: str, method: str | None = None) -> str | None:
+        """Returns the rows of a data set as an SQL source, or None if it has no row table."""
         table = self.table_of(data)
         if table is None:
             return None
-        columns, file = self.columns(table), data.rpartition("/")[2]
-        conditions = []
-        if "file" in columns and file.endswith((".jsonl", ".hdf5")):
-            conditions.append(f"file = {_literal(file)}")  # one table may cover several files
-        if "method" in columns and method is not None:
-            conditions.append(f"method = {_literal(method)}")  # fine-tuning takes the rows of its method
-        return f"(SELECT * FROM {self.source(table)} WHERE {' AND '.join(conditions) or 'true'})"
+        wanted = self._conditions(table, data, method)
+        conditions = " AND ".join(f'"{name}" = {_literal(value)}' for name, value in wanted.items())
+        return f"(SELECT * FROM {self.source(table)} WHERE {conditions or 'true'})"
 
     def within(self, ids: Sequence[str], data: str, method: str | None = None) -> tuple[list[str], int]:
-        """Returns which of ``ids`` are rows of a data set, and how many rows that has."""
-        rows = self._chosen(data, method)
-        if rows is None:
+        """Returns which of ``ids`` are rows of a data set, and how many rows that has (0 if none is)."""
+        rows, table = self.chosen(data, method), self.table_of(data)
+        if rows is None or table is None:
             return [], 0
-        found = self.ask(f"SELECT DISTINCT id FROM {rows} WHERE id IN (SELECT unnest(?)) ORDER BY id", [list(ids)])
-        return [row["id"] for row in found], int(self.ask(f"SELECT count(*) AS n FROM {rows}")[0]["n"])
+        wanted, known = self._conditions(table, data, method), _strings(ids)
+        some = self._some(table, known, ["id", *wanted])
+        mask = pc.is_in(some["id"], known)
+        for name, value in wanted.items():
+            mask = pc.and_(mask, pc.equal(some[name], value))
+        found = sorted(set(some["id"].filter(mask).to_pylist()))
+        return found, int(self.ask(f"SELECT count(*) AS n FROM {rows}")[0]["n"]) if found else 0
 
     def ids(self, data: str, method: str | None = None) -> list[str]:
         """Returns the ids of all rows of a data set, in the order of the file where it has one."""
-        rows, table = self._chosen(data, method), self.table_of(data)
+        rows, table = self.chosen(data, method), self.table_of(data)
         if rows is None or table is None:
             return []
         order = '"index"' if "index" in self.columns(table) else "id"
@@ -230,7 +259,7 @@ class Rows:
 
     def origins(self, data: str, method: str | None = None) -> list[dict[str, Any]]:
         """Returns who made the rows of a data set, with counts: policies, or generators and operators."""
-        rows, table = self._chosen(data, method), self.table_of(data)
+        rows, table = self.chosen(data, method), self.table_of(data)
         if rows is None or table is None:
             return []
         wanted = ("policy", "algorithm", "cost_limit", "generator", "method", "operator", "family", "split")
@@ -246,9 +275,15 @@ class Rows:
             columns = self.columns(path)
             extra = ", min(threshold) AS lowest_threshold, max(threshold) AS highest_threshold"
             extra = extra if "threshold" in columns else ""
-            replaced = "count(replaced_by)" if "replaced_by" in columns else "0"
+            replaced = "count(replaced_by) FILTER (kept)" if "replaced_by" in columns else "0"
+            numbered = f"read_parquet({_literal(str(self.root / path))}, file_row_number = true)"
             sql = f"SELECT rule, count(*) FILTER (kept) AS kept, count(*) FILTER (NOT kept) AS dropped, {replaced} "
-            sql += f"AS replaced{extra} FROM (SELECT *, row_number() OVER () AS place FROM {self.source(path)}) "
-            rules = self.ask(sql + "GROUP BY rule ORDER BY min(place)")
-            found += [{"stage": stage, "table": path, **rule} for rule in rules]
+            sql += f"AS replaced{extra} FROM {numbered} GROUP BY rule ORDER BY min(file_row_number)"
+            found += [{"stage": stage, "table": path, **rule} for rule in self.ask(sql)]
         return found
+
+
+def _matching(here: pa.ChunkedArray, there: pa.ChunkedArray, known: pa.Array, how: str) -> set[tuple[str, str, str]]:
+    """Returns the pairs whose first member is known and whose second is not null."""
+    mask = pc.and_(pc.is_in(here, known), pc.is_valid(there))
+    return {(a, b, how) for a, b in zip(here.filter(mask).to_pylist(), there.filter(mask).to_pylist(), strict=True)}

@@ -141,11 +141,31 @@ def _stage(tree: Tree, stage: Mapping[str, Any]) -> None:
         node.add("[dim]no execution in this ledger (made on another machine)[/]")
     for key, value in sorted(stage["params"].items()):
         if key != "seed":
-            shown = _figures(value) if isinstance(value, Mapping) else str(value)
-            node.add(f"[dim]{escape(key)}:[/] {escape(shown[:200])}{' …' if len(shown) > 200 else ''}")
+            _parameters(node, key, value)
     for used in stage["inputs"]:
         mark = "" if used["verified"] else "  [red]does not match what was made[/]"
         node.add(f"read {escape(used['path'])}  [dim]{short(used['sha256'])}[/]{mark}")
+
+
+def _parameters(tree: Tree, name: str, value: Any) -> None:
+    """Adds a parameter; a block of them gets one line for its plain values and a branch for each block in it."""
+    if not isinstance(value, Mapping):
+        tree.add(f"[dim]{escape(name)}:[/] {escape(_plain(value))}")
+        return
+    inner = {key: entry for key, entry in value.items() if isinstance(entry, Mapping) and entry}
+    line = " · ".join(f"{key} {_plain(entry)}" for key, entry in sorted(value.items()) if key not in inner)
+    node = tree.add(f"[dim]{escape(name)}:[/] {escape(line)}".rstrip())
+    for key, entry in sorted(inner.items()):
+        _parameters(node, key, entry)
+
+
+def _plain(value: Any) -> str:
+    """Returns a parameter as people write it."""
+    if isinstance(value, list):
+        return f"[{', '.join(_plain(entry) for entry in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} {_plain(entry)}" for key, entry in sorted(value.items())) + "}"
+    return "none" if value is None else _number(value)
 
 
 def _row_tree(answer: Mapping[str, Any]) -> Tree:
@@ -173,7 +193,9 @@ def _decision(decision: Mapping[str, Any]) -> str:
     row = decision["row"]
     state = "[green]kept[/]" if row["kept"] else "[red]dropped[/]"
     if row.get("replaced_by"):
-        state = f"[yellow]replaced[/] by {short(row['replaced_by'])}"
+        # A changed row goes on under another id; a duplicate goes because an equal row stays.
+        state = "[yellow]changed[/]" if row["kept"] else "[red]dropped[/]"
+        state += f" {'into' if row['kept'] else 'for the equal row'} {short(row['replaced_by'])}"
     facts = _figures({key: row.get(key) for key in ("value", "threshold")})
     return f"{state} by {escape(row['rule'])}: {escape(facts)}  [dim]{escape(decision['stage'])}[/]"
 

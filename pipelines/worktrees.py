@@ -21,6 +21,9 @@ import yaml
 
 from pipelines.graph import repository
 from springhead.errors import BadInput
+from springhead.git import add_worktree as git_worktree
+from springhead.git import clean_environment, git
+from springhead.git import remove_worktree as remove_worktree
 from springhead.params import overlay, read_params
 
 REFS = "refs/springhead/runs"
@@ -42,26 +45,6 @@ class Snapshot:
     commit: str
     params_changed: bool
     """Whether a profile or a setting made its ``params.yaml`` differ from the checkout's."""
-
-
-def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns this process's environment without git's variables, which a hook may have set."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | dict(extra or {})
-
-
-def git(root: Path, *arguments: str, env: Mapping[str, str] | None = None, stdin: bytes | None = None) -> str:
-    """Runs git in a folder and returns its output, stripped.
-
-    Raises:
-        BadInput: with git's own message, if it fails.
-    """
-    # No hooks: DVC's post-checkout hook would check out data in the middle of ours.
-    command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
-    done = subprocess.run(command, cwd=root, env=clean_environment(env), input=stdin, capture_output=True)
-    if done.returncode != 0:
-        message = done.stderr.decode(errors="replace").strip()
-        raise BadInput(f"{root}: git {arguments[0]} failed: {message}")
-    return done.stdout.decode(errors="surrogateescape").rstrip("\n")
 
 
 def read_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -185,9 +168,7 @@ def add_worktree(root: Path, snapshot: Snapshot, folder: Path) -> Path:
         The folder in it that corresponds to ``root``: ``folder`` itself, unless the project
         lives in a sub-folder of its git repository.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    git(root, "worktree", "add", "--detach", "--quiet", str(folder), snapshot.commit)
-    place = folder / git(root, "rev-parse", "--show-prefix")
+    place = git_worktree(root, snapshot.commit, folder)
     _share_cache(root, place)
     return place
 
@@ -204,13 +185,6 @@ def _share_cache(root: Path, place: Path) -> None:
             settings.setdefault(section, {}).update(values)
         settings.setdefault("cache", {})["dir"] = cache
         settings.setdefault("core", {}).update(analytics=False, check_update=False, autostage=False)
-
-
-def remove_worktree(root: Path, folder: Path) -> None:
-    """Removes a worktree with whatever is in it; silent if it is gone already."""
-    if folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    git(root, "worktree", "prune")
 
 
 def read_lock(root: Path) -> dict[str, Any]:

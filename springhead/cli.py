@@ -316,6 +316,78 @@ def status(as_json: AsJson = False) -> None:
     typer.echo(f"ledger {state['ledger']} entries; {state['waiting']} executions wait for MLflow")
 
 
+@app.command("verify-repro")
+def verify_repro(
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(help="Stages, such as rl-collect@BallCircle, or rl-collect for all its items; default all."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Execute stages again in a clean worktree and compare every byte."""
+    from springhead.lineage.reproduce import verify
+
+    result = verify(_root(), stages or (), lambda line: typer.echo(line, err=True))
+    if as_json:
+        _print_json(result.as_json())
+    else:
+        colours = {"equal": "green", "differs": "red", "failed": "red"}
+        for outcome in result.outcomes:
+            typer.secho(f"{outcome.state:<8}", fg=colours[outcome.state], nl=False)
+            typer.echo(outcome.stage)
+            for difference in outcome.differences:
+                typer.echo(f"        {difference.path}" + (f": {difference.what}" if difference.what else ""))
+            if outcome.error:
+                typer.echo("\n".join(f"        {line}" for line in outcome.error.splitlines()))
+        equal = sum(outcome.state == "equal" for outcome in result.outcomes)
+        typer.echo(f"{len(result.outcomes)} stages executed again, {equal} equal")
+        if result.first is not None:
+            stage, difference = result.first
+            typer.secho(f"first difference: {difference.path} of {stage}, {difference.what}", fg="red", bold=True)
+    if not result.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    a: Annotated[
+        str,
+        typer.Argument(help="REVISION:PATH (HEAD~1:data/rl/filter/BallCircle), a path, a digest (8+ digits) or a model."),
+    ],
+    b: Annotated[str, typer.Argument(help="What to compare with, in the same forms.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two data sets: rows by rule, distributions, receipts.
+
+    A model stands for the data it was trained on. Rows that only one side has are listed by the rule of the other
+    side that dropped or changed them, or by the producer that the other side lacks. Exit code 0 with or without
+    differences.
+    """
+    from springhead.lineage.diff import diff as compare
+
+    answer = compare(_root(), a, b)
+    if as_json:
+        _print_json(answer)
+        return
+    from springhead.lineage.difftext import render
+
+    _print(render(answer))
+
+
+@app.command()
+def cost(
+    ref: Annotated[
+        str | None, typer.Argument(help="A model, data set, stage or digest, as for lineage (default: everything).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show seconds, CPU and energy spent, and saved by the cache."""
+    from springhead.lineage import cost as accounts
+
+    answer = accounts.cost(_root(), ref)
+    _print_json(answer) if as_json else typer.echo("\n".join(accounts.lines(answer)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:

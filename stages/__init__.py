@@ -63,3 +63,9 @@ for _name, _value in {
     "TRANSFORMERS_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Processes that a sealed stage starts import this package too, and are sealed as it is.
+if "SPRINGHEAD_SEAL" in os.environ:
+    from springhead.hermetic import inherit
+
+    inherit()

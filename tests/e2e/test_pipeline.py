@@ -23,6 +23,7 @@ def _run(where: Path, *command: str) -> str:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SPRINGHEAD_TRACKING": "spool",
+        "SPRINGHEAD_HERMETIC": "1",  # a stage that reads what it does not declare fails
         "DVC_SITE_CACHE_DIR": str(where.parent / f"{where.name}-site"),
     }
     env.pop("SPRINGHEAD_HOME", None)

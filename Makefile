@@ -10,6 +10,8 @@ TORCH := $(shell grep '^torch==' locks/full.lock)
 TORCH_FROM := $(if $(WHEELS),--find-links $(WHEELS)) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Where this is set, each of the many processes of a run would compile torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false

@@ -7,6 +7,10 @@ from pathlib import Path
 from pipelines.execution import Outcome
 from pipelines.session import Request, Result
 from springhead.errors import Finding
+from springhead.keys import Keys
+from springhead.lineage.digests import file_digest
+from springhead.lineage.ledger import Ledger
+from springhead.lineage.receipts import receipt_path
 from springhead.progress import duration
 
 Say = Callable[[str], None]
@@ -94,6 +98,7 @@ def conclude(result: Result, root: Path, home: Path, request: Request, promote: 
         say: takes progress lines.
     """
     conclusion = Conclusion(result.outcomes, result.seconds, notes=list(result.notes))
+    _record(result, root, home)
     _track(home, conclusion)
     if result.of("failed"):
         logs = home / "runs" / result.run / "logs"
@@ -111,6 +116,20 @@ def conclude(result: Result, root: Path, home: Path, request: Request, promote: 
     return conclusion
 
 
+def _record(result: Result, root: Path, home: Path) -> None:
+    """Writes into the ledger what the run executed and what it used again.
+
+    A result that was used again is named by its receipt, which leads to the execution that made
+    it: `springhead cost` counts from that what the cache saved.
+    """
+    body: dict[str, object] = {"run": result.run, "seconds": round(result.seconds, 3)}
+    body |= {state: [o.stage for o in result.of(state)] for state in ("executed", "failed", "skipped")}
+    for state, name in (("cached", "cached"), ("up to date", "up_to_date")):
+        receipts = {o.stage: receipt_path(result.place, o.stage) for o in result.of(state)}
+        body[name] = {stage: file_digest(path) for stage, path in receipts.items() if path.is_file()}
+    Ledger(home).append("run", body, Keys.of(root, home))
+
+
 def _track(home: Path, conclusion: Conclusion) -> None:
     from springhead import tracking
 
@@ -124,10 +143,12 @@ def _track(home: Path, conclusion: Conclusion) -> None:
 def _promote(place: Path, home: Path, conclusion: Conclusion, say: Say) -> None:
     from springhead import registry
 
-    for name in registry.promotable(place):
+    names = registry.promotable(place)
+    examined = registry.examine(place) if names else None
+    for name in names:
         say(f"promotion of {name}")
         try:
-            conclusion.champions[name] = str(registry.promote(name, root=place, home=home))
+            conclusion.champions[name] = str(registry.promote(name, root=place, home=home, audited=examined))
         except Finding as finding:
             conclusion.closed[name] = str(finding)
 

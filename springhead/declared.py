@@ -4,11 +4,16 @@ DVC owns the graph. The harness asks DVC itself, so templates, matrices and defa
 exactly what they mean to ``dvc repro``.
 """
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from springhead.errors import BadInput
+from springhead.jsonio import write_json_atomic
 
 RECEIPTS, METRICS = "data/receipts", "data/metrics"
 
@@ -75,31 +80,92 @@ def stage_name(module: str, items: list[str]) -> str:
     return f"{base}@{'-'.join(items)}" if items else base
 
 
-def read_stage(root: Path, name: str) -> Declared:
+def read_stage(root: Path, name: str, cache: Path | None = None) -> Declared:
     """Reads one stage from ``dvc.yaml``.
+
+    Args:
+        root: the repository root.
+        name: the stage, as DVC addresses it.
+        cache: see :func:`read_stages`.
 
     Raises:
         BadInput: if DVC knows no such stage; the message lists the items of the same stage.
     """
+    stages = read_stages(root, cache)
+    if name not in stages:
+        known = [other for other in stages if other.partition("@")[0] == name.partition("@")[0]]
+        hint = f"its items are: {', '.join(known)}" if known else "see `dvc stage list`"
+        raise BadInput(f"dvc.yaml: no stage '{name}'; {hint}")
+    return stages[name]
+
+
+def read_stages(root: Path, cache: Path | None = None) -> dict[str, Declared]:
+    """Reads every stage from ``dvc.yaml``, as DVC itself reads it, sorted by name.
+
+    Args:
+        root: the repository root.
+        cache: a folder in which DVC's answer is kept by the digest of all it was read from. Asking DVC
+            takes seconds, which every stage of a run would spend again.
+
+    Raises:
+        BadInput: if DVC cannot read the file.
+    """
+    place = cache / f"{_digest_of_declarations(root)}.json" if cache is not None else None
+    if place is not None and place.is_file():
+        try:
+            content = json.loads(place.read_text(encoding="utf-8"))
+            outputs = tuple(content["outputs"])
+            return {name: _declared(name, facts, outputs) for name, facts in content["stages"].items()}
+        except (ValueError, KeyError, TypeError):  # damaged; it is only a cache
+            pass
+    content = _ask_dvc(root)
+    if place is not None and not _uses_more_files(root):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(place, content)
+    return {name: _declared(name, facts, tuple(content["outputs"])) for name, facts in content["stages"].items()}
+
+
+def _declared(name: str, facts: dict[str, list[str]], outputs: tuple[str, ...]) -> Declared:
+    kinds = ("dependencies", "parameters", "outputs")
+    return Declared(name, *(tuple(facts[kind]) for kind in kinds), outputs)
+
+
+def _ask_dvc(root: Path) -> dict[str, Any]:
+    """Returns ``{"stages": {name: {"dependencies", "parameters", "outputs"}}, "outputs": [...]}``."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
-        try:
-            stage = repo.stage.load_one(str(root / "dvc.yaml"), name)
-        except DvcException as error:
-            base = name.partition("@")[0]
-            known = sorted(s.addressing for s in repo.index.stages if s.addressing.partition("@")[0] == base)
-            hint = f"its items are: {', '.join(known)}" if known else "see `dvc stage list`"
-            raise BadInput(f"dvc.yaml: no stage '{name}' ({error}); {hint}") from None
-        parameters = tuple(key for dep in stage.deps for key in getattr(dep, "params", None) or ())
-        return Declared(
-            name=name,
-            dependencies=tuple(_posix(d.fs_path, root) for d in stage.deps if not getattr(d, "params", None)),
-            parameters=parameters,
-            outputs=tuple(_posix(o.fs_path, root) for o in stage.outs),
-            all_outputs=tuple(sorted(_posix(o.fs_path, root) for o in repo.index.outs)),
-        )
+    try:
+        with Repo(str(root)) as repo:
+            stages = sorted((s for s in repo.index.stages if hasattr(s, "name")), key=lambda s: str(s.addressing))
+            return {
+                "outputs": sorted(_posix(out.fs_path, root) for out in repo.index.outs),
+                "stages": {
+                    stage.addressing: {
+                        "dependencies": [_posix(d.fs_path, root) for d in stage.deps if not hasattr(d, "params")],
+                        "parameters": [key for d in stage.deps for key in getattr(d, "params", ())],
+                        "outputs": [_posix(out.fs_path, root) for out in stage.outs],
+                    }
+                    for stage in stages
+                },
+            }
+    except DvcException as error:
+        raise BadInput(f"{root}/dvc.yaml: DVC cannot read it ({error}); `dvc stage list` shows where") from error
+
+
+def _digest_of_declarations(root: Path) -> str:
+    """Returns a digest of everything the declarations follow from: DVC, its files and the parameters."""
+    digest = hashlib.sha256(metadata.version("dvc").encode())
+    others = sorted((root / "data").rglob("*.dvc"))
+    for path in (root / "dvc.yaml", root / "params.yaml", *others):
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{path.relative_to(root)}\0{len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _uses_more_files(root: Path) -> bool:
+    """Whether templates of ``dvc.yaml`` read files beside ``params.yaml``, which the digest does not cover."""
+    return re.search(r"^\s*-?\s*vars:", (root / "dvc.yaml").read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def stray_files(path: Path, outputs: tuple[str, ...], root: Path) -> list[str]:

@@ -15,16 +15,21 @@ from springhead.lineage.digests import file_digest
 HARNESS = (
     "springhead/__init__.py",
     "springhead/declared.py",
+    "springhead/energy.py",
     "springhead/environment.py",
     "springhead/errors.py",
+    "springhead/hermetic.py",
     "springhead/home.py",
     "springhead/jsonio.py",
+    "springhead/keys.py",
     "springhead/lineage/__init__.py",
     "springhead/lineage/digests.py",
+    "springhead/lineage/head.py",
     "springhead/lineage/ledger.py",
     "springhead/lineage/receipts.py",
     "springhead/params.py",
     "springhead/progress.py",
+    "springhead/signing.py",
     "springhead/spool.py",
     "springhead/stage.py",
     "springhead/tables.py",
@@ -115,6 +120,16 @@ def undeclared_code(root: Path, dependencies: tuple[str, ...]) -> list[str]:
         and not path.startswith(folders)
         and not _is_empty_marker(root, path)
     ]
+
+
+def readable_code(root: Path) -> list[str]:
+    """Returns the source files that a stage may load without declaring them: harness and empty markers."""
+    markers = (
+        path.relative_to(root).as_posix()
+        for top in ("springhead", "stages")
+        for path in root.glob(f"{top}/**/__init__.py")
+    )
+    return [*HARNESS, *(path for path in markers if path not in HARNESS and _is_empty_marker(root, path))]
 
 
 def _is_empty_marker(root: Path, path: str) -> bool:

@@ -7,13 +7,23 @@ names the digest it has now; what does not fit becomes a problem of the candidat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json
+from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.lineage.graph import Graph
+from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
+from springhead.lineage.promotions import standing
+from springhead.lineage.workspace import RED, Problem
+
+if TYPE_CHECKING:
+    from springhead.lineage.audit import Audit
+
+REGISTRY_CHECKS = ("registry", "runs", "prefect", "signatures")
+"""Checks whose findings do not close a gate: they are about earlier promotions, which a new one puts right."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Candidate:
         stage: the stage that made it, empty if no receipt says so.
         facts: what its receipt says about it.
         data_digest: the digest of the data it was trained on, by its training receipt.
-        figures: the figures of the evaluation that the gates look at.
+        figures: the figures of the evaluation, at the cost limit by which models are chosen.
+        by_limit: the figures at every cost limit, lowest first; empty for language models.
         model_problems: how its folder, its receipt and its evaluation disagree.
         chain_problems: links of its history whose digests do not meet.
     """
@@ -50,6 +61,7 @@ class Candidate:
     facts: Mapping[str, Any]
     data_digest: str | None
     figures: Mapping[str, float]
+    by_limit: Mapping[str, Mapping[str, float]]
     model_problems: list[str]
     chain_problems: list[str]
 
@@ -82,12 +94,16 @@ class Evidence:
     cost_limit: float | None
     """The cost limit at which the figures were measured; None for language models."""
     references: Mapping[str, Mapping[str, float]]
+    references_by_limit: Mapping[str, Mapping[str, Mapping[str, float]]]
     candidates: list[Candidate]
-    ledger_problems: list[str]
+    signing_problems: list[str]
+    """Why a promotion could not be signed, or the ledger behind it not be believed."""
+    findings: tuple[Problem, ...]
+    """What an audit found that is red, the registry aside, which promotion itself puts right."""
     champion: Champion | None
 
 
-def read_evidence(root: Path, home: Path, model: str, sources: Sources) -> Evidence:
+def read_evidence(root: Path, home: Path, model: str, sources: Sources, audited: "Audit | None" = None) -> Evidence:
     """Reads the evidence for a registered model.
 
     Args:
@@ -95,16 +111,20 @@ def read_evidence(root: Path, home: Path, model: str, sources: Sources) -> Evide
         home: the state folder with the ledger.
         model: name of the registered model, by which the ledger knows its champion.
         sources: where to look.
+        audited: an audit of this checkout as it is now; made here by default.
 
     Raises:
         BadInput: if there is no evaluation, or it is not in the form the project writes.
     """
+    from springhead.lineage.audit import audit
+
     graph, ledger = Graph.read(root), Ledger(home)
     summary = read_json(root / sources.evaluation)
     limit = _limit(summary, sources)
     models = [(entry, _figures(entry, limit, sources)) for entry in _entries(summary, sources)]
     verdict = read_json(root / sources.verdict) if (root / sources.verdict).is_file() else None
     evaluation_problems = _unlike_receipt(root, graph, sources.evaluation)
+    examined = audited if audited is not None else audit(root, registry=False)
     candidates = [
         _candidate(root, graph, sources, entry, figures, evaluation_problems)
         for entry, figures in models
@@ -118,10 +138,22 @@ def read_evidence(root: Path, home: Path, model: str, sources: Sources) -> Evide
         evaluation_digest=file_digest(root / sources.evaluation),
         cost_limit=None if limit is None else float(limit),
         references=_references(summary, models, limit),
+        references_by_limit={
+            key: _references(summary, [(entry, _figures(entry, key, sources)) for entry, _ in models], key)
+            for key in _limits(summary, sources)
+        },
         candidates=candidates,
-        ledger_problems=ledger.verify(),
+        signing_problems=_signing_problems(root, home),
+        findings=tuple(p for p in examined.problems if p.severity == RED and p.check not in REGISTRY_CHECKS),
         champion=_champion(ledger, model, models),
     )
+
+
+def _signing_problems(root: Path, home: Path) -> list[str]:
+    keys = Keys.of(root, home)
+    problems = [p for p in keys.problems() if "the first promotion makes one" not in p]
+    state = check_head(Ledger(home), keys) if not problems else None
+    return problems + ([f"ledger: {state.problem}"] if state is not None and state.problem else [])
 
 
 # -- the evaluation -------------------------------------------------------------------------------
@@ -150,8 +182,18 @@ def _limit(summary: Any, sources: Sources) -> str | None:
     keys = {str(key) for entry in _entries(summary, sources) for key in entry.get("limits", {})}
     if not keys:
         raise BadInput(f"{sources.evaluation}: no figures by cost limit in it; run `dvc repro` to make it again")
-    ordered: list[str] = sorted(keys, key=float)
-    return {"lowest": ordered[0], "middle": ordered[len(ordered) // 2], "highest": ordered[-1]}[sources.limit]
+    return limit_named(sources.limit, sorted(keys, key=float))
+
+
+def limit_named(name: str, ordered: list[str]) -> str:
+    """Returns the limit that is the ``lowest``, ``middle`` or ``highest`` of an ordered list."""
+    return {"lowest": ordered[0], "middle": ordered[len(ordered) // 2], "highest": ordered[-1]}[name]
+
+
+def _limits(summary: Any, sources: Sources) -> list[str]:
+    """Returns all cost limits that every model was evaluated at, lowest first."""
+    sets = [set(map(str, entry.get("limits", {}))) for entry in _entries(summary, sources)]
+    return sorted(set.intersection(*sets), key=float) if sets else []
 
 
 def _numbers(block: Any) -> dict[str, float]:
@@ -188,10 +230,9 @@ def _references(
 
 
 def _champion(ledger: Ledger, model: str, models: list[tuple[Mapping[str, Any], dict[str, float]]]) -> Champion | None:
-    promotions = [e["body"] for e in ledger.entries() if e["kind"] == "promotion" and e["body"]["model"] == model]
-    if not promotions:
+    last = standing(ledger.entries()).get(model)
+    if last is None:
         return None
-    last = promotions[-1]
     now = next((figures for entry, figures in models if entry.get("digest") == last["digest"]), None)
     return Champion(str(last["version"]), last["digest"], now if now is not None else last.get("figures", {}))
 
@@ -255,6 +296,7 @@ def _candidate(
         facts=dict(declared.facts) if declared is not None else {},
         data_digest=data[0] if len(data) == 1 else None,
         figures=figures,
+        by_limit={key: _numbers(entry["limits"][key]) for key in sorted(entry.get("limits", {}), key=float)},
         model_problems=problems,
         chain_problems=_chain_problems(graph, sources, stage),
     )

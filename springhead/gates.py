@@ -6,6 +6,7 @@ chain of digests, every bound holds, and the current champion is not clearly bet
 is read by :mod:`springhead.evidence`; this module opens no file but the rules.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import yaml
 
 from springhead.errors import BadInput
-from springhead.evidence import Candidate, Evidence, Sources
+from springhead.evidence import Candidate, Evidence, Sources, limit_named
 
 RULES = Path("mlflow/gates.yaml")
 _SEVERITIES = ("none", "warning", "critical")
 _LIMITS = ("lowest", "middle", "highest")
+_SHOWN = 3  # findings of the audit in one line
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Bound:
     not_above: str | None = None
     """A reference whose figure, plus ``by``, is the upper bound."""
     by: float = 0.0
+    at: str | None = None
+    """``each`` cost limit, or one of them; by default the one by which models are chosen."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Rules:
     bounds: tuple[Bound, ...]
     choose: str
     margin: float
+    noise: float
 
     def item(self, name: str) -> str | None:
         """Returns the item in the name of a registered model, or None if it is of another family."""
@@ -88,9 +93,11 @@ def _bound(block: Any, where: str) -> Bound:
     known = {field.name for field in fields(Bound)}
     values = _checked(block, known, {"metric"}, where)
     for key, value in values.items():
-        wanted = str if key in ("metric", "not_below", "not_above") else int | float
+        wanted = str if key in ("metric", "not_below", "not_above", "at") else int | float
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise BadInput(f"{where}: {key} must be a {'name' if wanted is str else 'number'}, found {value!r}")
+    if values.get("at", "each") not in ("each", *_LIMITS):
+        raise BadInput(f"{where}: at must be each, {', '.join(_LIMITS)}; found {values['at']!r}")
     if not set(values) & {"at_least", "at_most", "not_below", "not_above"}:
         raise BadInput(f"{where}: bounds nothing; give at_least, at_most, not_below or not_above")
     return Bound(**values)
@@ -129,8 +136,9 @@ def _family(family: str, block: Any) -> Rules:
         raise BadInput(f"{where}.worst_severity: must be one of {', '.join(_SEVERITIES)}")
     if values["limit"] is not None and values["limit"] not in _LIMITS:
         raise BadInput(f"{where}.limit: must be null or one of {', '.join(_LIMITS)}")
-    if not isinstance(values["margin"], int | float) or isinstance(values["margin"], bool) or values["margin"] < 0:
-        raise BadInput(f"{where}.margin: must be a number of 0 or more, found {values['margin']!r}")
+    for key in ("margin", "noise"):
+        if not isinstance(values[key], int | float) or isinstance(values[key], bool) or values[key] < 0:
+            raise BadInput(f"{where}.{key}: must be a number of 0 or more, found {values[key]!r}")
     for key in ("items", "methods"):
         if values[key] != "all" and not isinstance(values[key], list):
             raise BadInput(f"{where}.{key}: must be `all` or a list of names")
@@ -138,6 +146,8 @@ def _family(family: str, block: Any) -> Rules:
     if not isinstance(values["bounds"], list) or not values["bounds"]:
         raise BadInput(f"{where}.bounds: expected a list with at least one bound")
     values["bounds"] = tuple(_bound(b, f"{where}.bounds[{i}]") for i, b in enumerate(values["bounds"]))
+    if values["limit"] is None and any(bound.at for bound in values["bounds"]):
+        raise BadInput(f"{where}.bounds: `at` needs a family with cost limits, but its limit is null")
     return Rules(family=family, **values)
 
 
@@ -193,29 +203,43 @@ class Judgement:
         return "\n".join(lines) or "no candidate: the evaluation lists no model that may be promoted"
 
 
-def judge(name: str, rules: Rules, evidence: Evidence) -> Judgement:
+def judge(name: str, rules: Rules, evidence: Evidence, model: str | None = None, challenger: bool = False) -> Judgement:
     """Applies every gate to every candidate and chooses the best that passes all.
 
     Args:
         name: name of the registered model, for the report.
         rules: its family's gates.
         evidence: what is recorded about the candidates.
+        model: consider only the candidate whose digest begins like this.
+        challenger: choose a challenger: not the champion, and not compared with it.
     """
-    results = [(candidate, _gates(rules, evidence, candidate)) for candidate in evidence.candidates]
+    champion = evidence.champion.digest if evidence.champion is not None else None
+    considered = [c for c in evidence.candidates if model is None or c.digest.startswith(model)]
+    if challenger:
+        considered = [c for c in considered if c.digest != champion]
+    results = [(candidate, _gates(rules, evidence, candidate, challenger)) for candidate in considered]
     passed = [candidate for candidate, gates in results if all(gate.passed for gate in gates)]
     # Equal figures are common with few problems; the label makes the choice the same every time.
     best = min(passed, key=lambda c: (-c.figures[rules.choose], c.label), default=None)
     return Judgement(name, results, best)
 
 
-def _gates(rules: Rules, evidence: Evidence, candidate: Candidate) -> list[GateResult]:
-    return [
+def _gates(rules: Rules, evidence: Evidence, candidate: Candidate, challenger: bool) -> list[GateResult]:
+    gates = [
         _listed("model", candidate.model_problems, "the folder holds what was trained and evaluated"),
         _data(rules, evidence, candidate),
-        _listed("receipts", [*evidence.ledger_problems, *candidate.chain_problems], "digests and ledger form a chain"),
-        *(_within(bound, evidence, candidate) for bound in rules.bounds),
-        _champion(rules, evidence, candidate),
+        _listed("receipts", candidate.chain_problems, "digests form a chain"),
+        *(_within(bound, rules, evidence, candidate) for bound in rules.bounds),
+        _listed("signed", evidence.signing_problems, "the key is trusted and the ledger's head is signed"),
+        _audit(evidence, candidate),
     ]
+    return gates if challenger else [*gates, _champion(rules, evidence, candidate)]
+
+
+def _audit(evidence: Evidence, candidate: Candidate) -> GateResult:
+    """Nothing that the audit found red may concern this model, or everything."""
+    found = [p for p in evidence.findings if candidate.path in p.affects or not p.affects]
+    return _listed("audit", [f"{p.where} {p.what}" for p in found[:_SHOWN]], "green for everything behind it")
 
 
 def _listed(name: str, problems: list[str], fine: str) -> GateResult:
@@ -243,20 +267,40 @@ def _data(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateResult:
     return _listed("verdict", problems, f"green for the data {str(candidate.data_digest)[:12]}")
 
 
-def _within(bound: Bound, evidence: Evidence, candidate: Candidate) -> GateResult:
-    """Checks one bound; a missing figure or reference closes the gate."""
+def _within(bound: Bound, rules: Rules, evidence: Evidence, candidate: Candidate) -> GateResult:
+    """Checks one bound, at every cost limit it is for; a missing figure or reference closes the gate."""
     name = f"bound {bound.metric}"
-    value = candidate.figures.get(bound.metric)
+    if bound.at is None:
+        passed, reason = _holds(bound, candidate.figures, evidence.references)
+        return GateResult(name, passed, reason)
+    limits = list(candidate.by_limit)
+    if not limits:
+        return GateResult(name, False, "the evaluation has no figures by cost limit for this model")
+    chosen = limits if bound.at == "each" else [limit_named(bound.at, limits)]
+    outcomes = [
+        (limit, *_holds(bound, candidate.by_limit[limit], evidence.references_by_limit.get(limit, {})))
+        for limit in chosen
+    ]
+    closed = [(limit, reason) for limit, passed, reason in outcomes if not passed]
+    shown = closed or [(limit, reason) for limit, _, reason in outcomes]
+    return GateResult(name, not closed, "; ".join(f"at the limit {limit}: {reason}" for limit, reason in shown))
+
+
+def _holds(
+    bound: Bound, figures: Mapping[str, float], references: Mapping[str, Mapping[str, float]]
+) -> tuple[bool, str]:
+    """Returns whether figures keep a bound, and by what numbers."""
+    value = figures.get(bound.metric)
     if value is None or value != value:
-        return GateResult(name, False, f"the evaluation has no figure {bound.metric} for this model")
+        return False, f"the evaluation has no figure {bound.metric} for this model"
     reasons, passed = [], True
     for low, kind in ((True, "not_below"), (False, "not_above")):
         reference = getattr(bound, kind)
         if reference is None:
             continue
-        base = evidence.references.get(reference, {}).get(bound.metric)
+        base = references.get(reference, {}).get(bound.metric)
         if base is None:
-            return GateResult(name, False, f"the evaluation has no figure {bound.metric} for the reference {reference}")
+            return False, f"the evaluation has no figure {bound.metric} for the reference {reference}"
         edge = base + bound.by
         passed &= value >= edge if low else value <= edge
         plus = f" + {bound.by:g}" if bound.by else ""
@@ -267,11 +311,24 @@ def _within(bound: Bound, evidence: Evidence, candidate: Candidate) -> GateResul
     if bound.at_most is not None:
         passed &= value <= bound.at_most
         reasons.append(f"{value:.4g}, must be ≤ {bound.at_most:g}")
-    return GateResult(name, passed, "; ".join(reasons))
+    return passed, "; ".join(reasons)
+
+
+def standard_error(figures: Mapping[str, float], metric: str) -> float:
+    """Returns the standard error of a figure over the episodes or problems it was measured on, 0 if unknown.
+
+    A figure with a standard deviation is a mean over episodes; one that comes with a number of problems
+    is the share of them, whose variance is binomial.
+    """
+    spread, episodes = figures.get(f"{metric}_std"), figures.get("episodes", 0.0)
+    if spread is not None and episodes > 0:
+        return float(spread / math.sqrt(episodes))
+    value, problems = figures.get(metric, math.nan), figures.get("problems", 0.0)
+    return math.sqrt(value * (1 - value) / problems) if problems > 0 and 0 <= value <= 1 else 0.0
 
 
 def _champion(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateResult:
-    """The candidate may not be worse than the current champion by more than the margin."""
+    """The candidate may not be worse than the current champion by more than the margin and the noise."""
     champion, value = evidence.champion, candidate.figures.get(rules.choose)
     if value is None or value != value:
         return GateResult("champion", False, f"the evaluation has no figure {rules.choose} to choose by")
@@ -282,5 +339,7 @@ def _champion(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateRes
     standing = champion.figures.get(rules.choose)
     if standing is None:
         return GateResult("champion", True, f"version {champion.version} has no figure {rules.choose} to compare with")
-    reason = f"{rules.choose} {value:.4g} against {standing:.4g} of version {champion.version}, margin {rules.margin:g}"
-    return GateResult("champion", value >= standing - rules.margin, reason)
+    errors = (standard_error(figures, rules.choose) for figures in (candidate.figures, champion.figures))
+    allowed = max(rules.margin, rules.noise * math.hypot(*errors))
+    reason = f"{rules.choose} {value:.4g} against {standing:.4g} of version {champion.version}, "
+    return GateResult("champion", value >= standing - allowed, f"{reason}{allowed:.2g} may be noise")

@@ -9,12 +9,9 @@ language model stays the folder it is: what MLflow gives back loads with
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from springhead.errors import BadInput
-from springhead.evidence import Candidate
 from springhead.jsonio import read_json
-from springhead.lineage.receipts import receipt_path
 
 POLICY, LANGUAGE_MODEL = "policy", "language-model"
 _PACKAGES = ("mlflow", "numpy", "safetensors", "torch")  # what serving a policy imports
@@ -77,24 +74,3 @@ def prepare(folder: Path, target: Path, cost_limit: float | None) -> Path:
         shutil.rmtree(target)
         raise BadInput(f"{folder}: MLflow did not take the folder as an artifact; its name must be a plain one")
     return target
-
-
-def provenance(root: Path, chosen: Candidate) -> dict[str, Any]:
-    """Returns what is signed about a model: SLSA provenance v1, made from its training receipt.
-
-    It claims build level 1: how the model was made is stated and signed, not that the machine that
-    made it was isolated.
-    """
-    receipt = read_json(receipt_path(root, chosen.stage))
-    sources = {path: facts["sha256"] for path, facts in receipt["dependencies"].items()} | receipt["code"]["files"]
-    return {
-        "buildDefinition": {
-            "buildType": "urn:springhead:stage:1",
-            "externalParameters": {"stage": chosen.stage, "command": receipt["command"], "params": receipt["params"]},
-            "internalParameters": {"seed": receipt["seed"], "environment": receipt["environment"]},
-            "resolvedDependencies": [
-                {"name": path, "digest": {"sha256": digest}} for path, digest in sorted(sources.items())
-            ],
-        },
-        "runDetails": {"builder": {"id": "urn:springhead:harness:1"}},
-    }

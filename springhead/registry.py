@@ -1,9 +1,10 @@
 """Promotion: from a model that passes every gate to the alias ``champion`` in MLflow's registry.
 
-MLflow holds the versions and the alias ``champion``; it is storage that anyone may write to, so
-nothing is believed because MLflow says it. A version names its model by digest, what was uploaded
-is downloaded again and digested before the alias moves, and the ledger entry is written before the
-alias: an alias without an entry was set by hand, and ``springhead audit`` says so.
+MLflow holds the versions and the aliases ``champion``, ``challenger`` and ``previous``; it is storage
+that anyone may write to, so nothing is believed because MLflow says it. A version names its model by
+digest, what was uploaded is read back and digested before the alias moves, and the ledger entry, under a
+signed head, is written before the alias: an alias without an entry was set by hand, and ``springhead
+audit`` says so.
 """
 
 import contextlib
@@ -15,29 +16,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from springhead import gates, packaging, signing, tracking
-from springhead.errors import Finding
+from springhead import attestations, gates, packaging, signing, tracking
+from springhead.errors import BadInput, Finding
 from springhead.evidence import Candidate, Evidence, read_evidence
 from springhead.gates import Judgement
+from springhead.keys import Keys
+from springhead.lineage.audit import Audit, audit
 from springhead.lineage.digests import file_digest
+from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
+from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, ROLLBACK, promotions, standing
 from springhead.lineage.receipts import receipt_path
 from springhead.versions import (
     AT,
-    CHAMPION,
     DIGEST,
-    PREVIOUS,
     WITHIN,
     Registered,
     aliases_of,
     champions,
     content,
     download,
+    everything,
     resolve,
     versions_of,
 )
 
-__all__ = ["PromotionResult", "Registered", "champions", "download", "promotable", "promote", "resolve", "versions_of"]
+__all__ = [
+    "PromotionResult",
+    "Registered",
+    "champions",
+    "download",
+    "everything",
+    "promotable",
+    "promote",
+    "resolve",
+    "rollback",
+    "versions_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,13 +61,13 @@ class PromotionResult:
 
     Attributes:
         model: name of the registered model.
-        version: its champion's version now; None after a dry run that would make one.
-        digest: digest of the champion's folder.
-        label: method and seed of the champion.
+        version: the version the alias is on now; None after a dry run that would make one.
+        digest: digest of the model's folder.
+        label: method and seed of the model.
         changed: whether the registry was changed.
         message: what happened.
-        judgement: the outcome of every gate for every candidate.
-        entry: the ledger entry behind the champion; empty after a dry run that would make one.
+        judgement: the outcome of every gate for every candidate; None for a rollback.
+        entry: the ledger entry behind the alias; empty after a dry run that would make one.
     """
 
     model: str
@@ -61,7 +76,7 @@ class PromotionResult:
     label: str
     changed: bool
     message: str
-    judgement: Judgement
+    judgement: Judgement | None
     entry: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -71,32 +86,54 @@ class PromotionResult:
 # -- promotion ------------------------------------------------------------------------------------
 
 
-def promote(name: str, root: Path, home: Path, dry_run: bool = False) -> PromotionResult:
+def promote(
+    name: str,
+    root: Path,
+    home: Path,
+    dry_run: bool = False,
+    challenger: bool = False,
+    model: str | None = None,
+    audited: Audit | None = None,
+) -> PromotionResult:
     """Makes the best model that passes every gate the champion; does nothing if it already is.
 
     Args:
         name: name of the registered model, for example ``policy-BallCircle``.
         root: the repository root with data, receipts and ``mlflow/gates.yaml``.
-        home: the state folder with ledger, keys and, without a server, MLflow's store.
+        home: the state folder with ledger and, without a server, MLflow's store.
         dry_run: only judge.
+        challenger: set the alias ``challenger`` instead, on the best model that is not the champion
+            and passes every gate but the comparison with the champion.
+        model: consider only the candidate whose digest begins like this.
+        audited: an audit of this checkout as it is now, where one was just made.
 
     Raises:
         Finding: if no candidate passes; the message has one line per closed gate and candidate.
-        BadInput: if the name has no gates, the evaluation is missing, or MLflow cannot be reached.
+        BadInput: if the name has no gates, the evaluation is missing, the digest is of no candidate, or
+            MLflow cannot be reached.
     """
     rules, item = gates.rules_for(gates.read_rules(root), name)
-    evidence = read_evidence(root, home, name, rules.sources(item))
-    judgement = gates.judge(name, rules, evidence)
-    chosen = judgement.chosen
+    evidence = read_evidence(root, home, name, rules.sources(item), audited)
+    judgement = gates.judge(name, rules, evidence, model, challenger)
+    if model is not None and not judgement.results:
+        known = ", ".join(f"{c.digest[:12]} ({c.label})" for c in evidence.candidates)
+        raise BadInput(f"{model}: {rules.evaluation.replace('{item}', item)} has no such candidate; it has {known}")
+    chosen, alias = judgement.chosen, CHALLENGER if challenger else CHAMPION
     if chosen is None:
-        raise Finding(f"{name} is not promoted, no candidate passes every gate:\n{judgement.report()}")
+        raise Finding(f"{name} has no {alias} to promote, no candidate passes every gate:\n{judgement.report()}")
     if dry_run:
-        standing = evidence.champion is not None and evidence.champion.digest == chosen.digest
-        what = "is and would stay the champion" if standing else "would become the champion"
-        version = evidence.champion.version if standing and evidence.champion else None
+        stands = standing(Ledger(home).entries(), alias).get(name)
+        same = stands is not None and stands["digest"] == chosen.digest
+        what = f"is and would stay the {alias}" if same else f"would become the {alias}"
+        version = str(stands["version"]) if stands is not None and same else None
         return PromotionResult(name, version, chosen.digest, chosen.label, False, what, judgement)
     with _only_one(home):
-        return _Promotion(name, root, home, evidence, judgement, chosen).run()
+        return _Promotion(name, root, home, evidence, judgement, chosen, alias).run()
+
+
+def examine(root: Path) -> Audit:
+    """Audits what promotions rest on, once for several of them."""
+    return audit(root, registry=False)
 
 
 def promotable(root: Path) -> list[str]:
@@ -122,61 +159,81 @@ def _only_one(home: Path) -> Iterator[None]:
         yield
 
 
+def _append(ledger: Ledger, body: dict[str, Any], keys: Keys) -> dict[str, Any]:
+    """Enters a promotion, and stops before any alias moves if the ledger could not be signed."""
+    entry = ledger.append("promotion", body, keys)
+    state = check_head(ledger, keys)
+    if state.problem or state.unsigned:
+        raise Finding(f"{ledger.path}: {state.problem or 'its head could not be signed'}; the alias was not moved")
+    return entry
+
+
 class _Promotion:
     """One promotion of one chosen candidate."""
 
     def __init__(
-        self, name: str, root: Path, home: Path, evidence: Evidence, judgement: Judgement, chosen: Candidate
+        self,
+        name: str,
+        root: Path,
+        home: Path,
+        evidence: Evidence,
+        judgement: Judgement,
+        chosen: Candidate,
+        alias: str,
     ) -> None:
-        self.name, self.root, self.home = name, root, home
+        self.name, self.root, self.home, self.alias = name, root, home, alias
         self.evidence, self.judgement, self.chosen = evidence, judgement, chosen
         self.folder = root / chosen.path
-        self.ledger = Ledger(home)
+        self.ledger, self.keys = Ledger(home), Keys.of(root, home)
         # What the stages recorded goes first, so that the version can point at the run that made it.
         tracking.replay(home)
         self.client = tracking.connect(home)
 
     def run(self) -> PromotionResult:
-        """Brings registry, ledger and alias to where the chosen candidate is the champion."""
-        entry = self._standing()
-        if entry is not None:
-            return self._keep(entry)
-        signature = signing.sign(self.folder, self.home, packaging.provenance(self.root, self.chosen))
-        signing.verify(self.folder, self.home, self.chosen.digest)
+        """Brings registry, ledger and alias to where the chosen candidate stands under its alias."""
+        before = standing(self.ledger.entries(), self.alias).get(self.name)
+        if before is not None and self._stands(before):
+            return self._keep(before)
+        execution = _execution(self.ledger, file_digest(receipt_path(self.root, self.chosen.stage)))
+        predicate = attestations.provenance(self.root, self.chosen, execution)
+        provenance = signing.sign(self.folder, self.home, self.keys, signing.PROVENANCE, predicate)
+        signing.verify(self.folder, self.home, self.keys, self.chosen.digest)
         version = self._version()
-        previous = _last_promotion(self.ledger, self.name)
-        entry = self.ledger.append("promotion", self._body(version, signature, previous))
-        if previous is not None and content(self.client, self.name, str(previous["version"])) is not None:
-            self.client.set_registered_model_alias(self.name, PREVIOUS, str(previous["version"]))
-        self.client.set_registered_model_alias(self.name, CHAMPION, version)
-        after = f" after version {previous['version']}" if previous is not None else ""
-        return self._result(version, True, f"version {version} is the champion{after}", entry)
+        entry = _append(self.ledger, self._body(version, provenance, before), self.keys)
+        self._move(version, before)
+        after = f" after version {before['version']}" if before is not None else ""
+        return self._result(version, True, f"version {version} is the {self.alias}{after}", entry)
+
+    def _move(self, version: str, before: dict[str, Any] | None) -> None:
+        if self.alias == CHAMPION:
+            if before is not None and content(self.client, self.name, str(before["version"])) is not None:
+                self.client.set_registered_model_alias(self.name, PREVIOUS, str(before["version"]))
+            held = aliases_of(self.client, self.name).get(CHALLENGER)
+            if held is not None and self.name not in standing(self.ledger.entries(), CHALLENGER):
+                self.client.delete_registered_model_alias(self.name, CHALLENGER)
+        self.client.set_registered_model_alias(self.name, self.alias, version)
 
     def _result(self, version: str, changed: bool, message: str, entry: dict[str, Any]) -> PromotionResult:
         chosen = self.chosen
         return PromotionResult(self.name, version, chosen.digest, chosen.label, changed, message, self.judgement, entry)
 
-    def _standing(self) -> dict[str, Any] | None:
-        """Returns the ledger entry that already promotes the chosen model, if its version is still there."""
-        promotions = [e for e in self.ledger.entries() if e["kind"] == "promotion" and e["body"]["model"] == self.name]
-        if not promotions or promotions[-1]["body"]["digest"] != self.chosen.digest:
-            return None
-        entry: dict[str, Any] = promotions[-1]
-        held = content(self.client, self.name, str(entry["body"]["version"]))
-        return entry if held == self.chosen.digest else None
+    def _stands(self, body: dict[str, Any]) -> bool:
+        """Tells whether a promotion is of the chosen model and everything it left is still whole."""
+        if body["digest"] != self.chosen.digest:
+            return False
+        if content(self.client, self.name, str(body["version"])) != self.chosen.digest:
+            return False
+        return not attestations.problems(self.home, self.keys, body)
 
-    def _keep(self, entry: dict[str, Any]) -> PromotionResult:
-        """Leaves the champion where it is, or puts back an alias that was moved or never set."""
-        version = str(entry["body"]["version"])
+    def _keep(self, body: dict[str, Any]) -> PromotionResult:
+        """Leaves the alias where it is, or puts back one that was moved or never set."""
+        version = str(body["version"])
         aliases = aliases_of(self.client, self.name)
-        if not signing.signature_path(self.home, self.chosen.digest).is_file():
-            signing.sign(self.folder, self.home, packaging.provenance(self.root, self.chosen))
-        signing.verify(self.folder, self.home, self.chosen.digest)
-        if aliases.get(CHAMPION) == version:
-            return self._result(version, False, f"version {version} is already the champion", entry)
-        was = f"it was on version {aliases[CHAMPION]}" if CHAMPION in aliases else "it was missing"
-        self.client.set_registered_model_alias(self.name, CHAMPION, version)
-        return self._result(version, True, f"the alias is back on version {version}, {was}", entry)
+        if aliases.get(self.alias) == version:
+            return self._result(version, False, f"version {version} is already the {self.alias}", body)
+        was = f"it was on version {aliases[self.alias]}" if self.alias in aliases else "it was missing"
+        self.client.set_registered_model_alias(self.name, self.alias, version)
+        return self._result(version, True, f"the alias is back on version {version}, {was}", body)
 
     def _tags(self) -> dict[str, str]:
         """Returns what ties a version to everything else, by digest."""
@@ -199,9 +256,10 @@ class _Promotion:
             tags[tracking.EXECUTION] = str(execution["execution"])
         return tags
 
-    def _body(self, version: str, signature: Path, previous: dict[str, Any] | None) -> dict[str, Any]:
+    def _body(self, version: str, provenance: Path, previous: dict[str, Any] | None) -> dict[str, Any]:
         chosen, evidence = self.chosen, self.evidence
-        return {
+        body: dict[str, Any] = {
+            "action": self.alias,
             "model": self.name,
             "version": version,
             "digest": chosen.digest,
@@ -213,11 +271,14 @@ class _Promotion:
             "evaluation_digest": evidence.evaluation_digest,
             "gates_digest": file_digest(self.root / gates.RULES),
             "receipt": file_digest(receipt_path(self.root, chosen.stage)),
-            "signature": file_digest(signature),
+            "provenance": file_digest(provenance),
             "figures": dict(chosen.figures),
             "store": _without_password(tracking.uri(self.home)),
             "previous": {key: previous[key] for key in ("version", "digest")} if previous is not None else None,
         }
+        predicate = attestations.summary(self.name, version, attestations.facts(body), chosen.figures)
+        summary = signing.sign(self.folder, self.home, self.keys, signing.SUMMARY, predicate)
+        return body | {"summary": file_digest(summary)}
 
     def _version(self) -> str:
         """Makes a version that holds the chosen model, or finds the one an interrupted promotion made."""
@@ -230,7 +291,11 @@ class _Promotion:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         same = ("verdict.sha256", "evaluation.sha256", "gates.sha256", "receipt", DIGEST)
-        used = {str(e["body"]["version"]) for e in self.ledger.entries() if e["kind"] == "promotion"}
+        entries = promotions(self.ledger.entries())
+        used = {str(e["body"]["version"]) for e in entries if e["body"]["model"] == self.name}
+        challenger = standing(self.ledger.entries(), CHALLENGER).get(self.name)
+        if challenger is not None and self.alias == CHAMPION:
+            used.discard(str(challenger["version"]))  # the challenger that wins keeps its version
         for found in self.client.search_model_versions(f"name = '{self.name}'"):
             version = str(found.version)
             alike = version not in used and all(found.tags.get(key) == tags[key] for key in same)
@@ -276,9 +341,59 @@ class _Promotion:
         return f"{self.chosen.label}, made by {self.chosen.stage}. Evaluated{at}: {figures}."
 
 
-def _last_promotion(ledger: Ledger, name: str) -> dict[str, Any] | None:
-    bodies = [e["body"] for e in ledger.entries() if e["kind"] == "promotion" and e["body"]["model"] == name]
-    return bodies[-1] if bodies else None
+# -- rollback -------------------------------------------------------------------------------------
+
+
+def rollback(name: str, root: Path, home: Path, to: str | None = None, reason: str = "") -> PromotionResult:
+    """Puts the alias ``champion`` back on a version that carried it before.
+
+    Nothing is judged again: the version was judged when it was promoted, and that judgement is signed. What
+    is checked is that the statements hold and that MLflow still has the very bytes.
+
+    Args:
+        name: name of the registered model.
+        root: the repository root.
+        home: the state folder.
+        to: the version; default is the champion before the present one.
+        reason: why, for the ledger.
+
+    Raises:
+        Finding: if the version was never champion, its statements do not hold, or its bytes have changed.
+        BadInput: if nothing was promoted yet, or MLflow cannot be reached.
+    """
+    ledger, keys = Ledger(home), Keys.of(root, home)
+    entries = ledger.entries()
+    now = standing(entries).get(name)
+    if now is None:
+        raise BadInput(f"{name}: nothing was promoted yet, so there is nothing to go back to")
+    past = [e["body"] for e in promotions(entries) if e["body"]["model"] == name and e["body"]["action"] != CHALLENGER]
+    other = [body for body in past if str(body["version"]) != str(now["version"])]
+    target = next((b for b in reversed(other) if to is None or str(b["version"]) == to), None)
+    if target is None:
+        known = ", ".join(dict.fromkeys(str(body["version"]) for body in other)) or "none"
+        raise Finding(f"{name}: version {to or 'before this one'} was never champion; earlier champions: {known}")
+    version = str(target["version"])
+    state = check_head(ledger, keys)
+    problems = [
+        *keys.problems(),
+        *([state.problem] if state.problem else []),
+        *attestations.problems(home, keys, target),
+    ]
+    client = tracking.connect(home)
+    if content(client, name, version) != target["digest"]:
+        problems.append("MLflow no longer holds the bytes that were promoted")
+    if problems:
+        raise Finding(f"{name}: version {version} cannot be champion again: {'; '.join(problems)}")
+    with _only_one(home):
+        body = {key: value for key, value in target.items() if key not in ("entry", "time", "reason")}
+        previous = {key: now[key] for key in ("version", "digest")}
+        # The summary is that of the promotion: it states what was judged then, under its action.
+        more = {"action": ROLLBACK, "promoted_as": target.get("promoted_as", target["action"])}
+        entry = _append(ledger, body | more | {"reason": reason, "previous": previous}, keys)
+        client.set_registered_model_alias(name, PREVIOUS, str(now["version"]))
+        client.set_registered_model_alias(name, CHAMPION, version)
+    message = f"version {version} is the champion again, instead of version {now['version']}"
+    return PromotionResult(name, version, target["digest"], target["label"], True, message, None, entry)
 
 
 def _execution(ledger: Ledger, receipt: str) -> dict[str, Any] | None:

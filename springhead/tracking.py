@@ -197,6 +197,33 @@ def _ledger_facts(home: Path) -> dict[str, dict[str, Any]]:
 # -- one execution --------------------------------------------------------------------------------
 
 
+def recorded(home: Path) -> dict[str, dict[str, str]]:
+    """Returns what MLflow has of every execution: ``run``, ``stage``, ``status`` and ``receipt`` by execution.
+
+    Raises:
+        BadInput: if MLflow cannot be reached.
+    """
+    store = uri(home)
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).is_file():
+        return {}  # making an empty store takes seconds
+    client = connect(home)
+    places = [place.experiment_id for place in client.search_experiments()]
+    found, token = {}, None
+    while True:
+        page = client.search_runs(places, f"tags.`{EXECUTION}` LIKE '%'", max_results=1000, page_token=token)
+        for run in page:
+            tags = run.data.tags
+            found[tags[EXECUTION]] = {
+                "run": run.info.run_id,
+                "stage": tags.get("springhead.stage", ""),
+                "status": run.info.status,
+                "receipt": tags.get("springhead.receipt", ""),
+            }
+        token = page.token
+        if not token:
+            return found
+
+
 def _push(client: "MlflowClient", home: Path, recording: Recording, ledger: Mapping[str, Any]) -> None:
     """Brings one execution into MLflow, or completes what an earlier replay began."""
     start = recording.of("start")[0]

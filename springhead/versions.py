@@ -8,16 +8,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from springhead import signing, tracking
 from springhead.errors import BadInput
-from springhead.lineage.digests import tree_digest
+from springhead.keys import Keys
+from springhead.lineage.digests import tree_digest, tree_files
+from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS
+
+__all__ = ["CHALLENGER", "CHAMPION", "PREVIOUS"]
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION, PREVIOUS = "champion", "previous"
 DIGEST, WITHIN, AT = "model.sha256", "model.within", "model.path"
 _REFERENCE = re.compile(r"([^/@:]+)(?:@([\w-]+)|/(\d+))")
 _DIGITS = re.compile(r"[0-9a-f]{8,64}")
@@ -61,26 +66,65 @@ def content(client: "MlflowClient", name: str, version: str) -> str | None:
 
     try:
         found = client.get_model_version(name, version)
+        here = _local(client, found)
+        if here is not None:
+            return tree_digest(here)
         with tempfile.TemporaryDirectory() as temporary:
             return tree_digest(_download(found, Path(temporary)))
     except (MlflowException, OSError, BadInput):
         return None
 
 
-def _download(version: "ModelVersion", target: Path) -> Path:
-    import mlflow
+def _local(client: "MlflowClient", version: "ModelVersion") -> Path | None:
+    """Returns the model folder in a store on this machine, which need not be copied to be digested."""
+    where = str(client.get_model_version_download_uri(version.name, version.version))
+    if where.startswith("models:/m-"):
+        where = str(client.get_logged_model(where.removeprefix("models:/")).artifact_location)
+    parts = urlsplit(where)
+    if parts.scheme not in ("", "file") or parts.netloc:
+        return None
+    folder = Path(url2pathname(parts.path))
+    return _inside(folder, version) if folder.is_dir() else None
 
-    where: str = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target))
-    inside: Path = Path(where) / version.tags.get(WITHIN, ".")
-    if Path(where).resolve() not in (inside.resolve(), *inside.resolve().parents):
+
+def local(client: "MlflowClient", version: Registered) -> Path | None:
+    """Returns the folder of a version's model where MLflow's store is on this machine."""
+    try:
+        return _local(client, client.get_model_version(version.name, version.version))
+    except BadInput:
+        return None
+
+
+def first_difference(client: "MlflowClient", root: Path, version: Registered, path: str) -> str:
+    """Returns the first file in which a version on this machine differs from the model in the checkout."""
+    stored = local(client, version)
+    if stored is None or not (root / path).is_dir():
+        return ""
+    there, here = tree_files(stored), tree_files(root / path)
+    odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return str(stored / odd[0]) if odd else ""
+
+
+def _inside(folder: Path, version: "ModelVersion") -> Path:
+    """Returns the model folder inside what MLflow stores for a version."""
+    inside: Path = folder / version.tags.get(WITHIN, ".")
+    if folder.resolve() not in (inside.resolve(), *inside.resolve().parents):
         raise BadInput(f"{version.name}/{version.version}: its tag {WITHIN} leads out of the model; promote it again")
     return inside
 
 
-def download(home: Path, ref: str, target: Path) -> Path:
+def _download(version: "ModelVersion", target: Path) -> Path:
+    import mlflow
+
+    where: str = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target))
+    return _inside(Path(where), version)
+
+
+def download(root: Path, home: Path, ref: str, target: Path) -> Path:
     """Downloads the model folder of a registered version, checked against digest and signature.
 
     Args:
+        root: the repository root, whose trusted keys count.
         home: the state folder.
         ref: any reference that :func:`resolve` takes and that is registered.
         target: a folder to make, or an empty one.
@@ -97,7 +141,7 @@ def download(home: Path, ref: str, target: Path) -> Path:
         raise BadInput(f"{target}: not an empty folder; name a new one to download into")
     target.mkdir(parents=True, exist_ok=True)
     folder = _download(tracking.connect(home).get_model_version(found.name, found.version), target)
-    signing.verify(folder, home, found.digest)
+    signing.verify(folder, home, Keys.of(root, home), found.digest)
     return folder
 
 
@@ -123,15 +167,27 @@ def champions(home: Path) -> list[Registered]:
     Raises:
         BadInput: if MLflow cannot be reached.
     """
+    return [version for version in everything(home) if CHAMPION in version.aliases]
+
+
+def everything(home: Path) -> list[Registered]:
+    """Returns every version of every registered model, by name and number.
+
+    Raises:
+        BadInput: if MLflow cannot be reached.
+    """
     if not _has_store(home):
         return []
     client = tracking.connect(home)
-    found = []
-    for model in sorted(client.search_registered_models(max_results=1000), key=lambda model: str(model.name)):
-        aliases = aliases_of(client, model.name)
-        if CHAMPION in aliases:
-            found.append(_registered(client.get_model_version(model.name, aliases[CHAMPION]), aliases))
-    return found
+    names = sorted(str(model.name) for model in client.search_registered_models(max_results=1000))
+    aliases = {name: aliases_of(client, name) for name in names}
+    found = [_registered(v, aliases[v.name]) for name in names for v in _all_of(client, name)]
+    return sorted(found, key=lambda v: (v.name, int(v.version)))
+
+
+def _all_of(client: "MlflowClient", name: str) -> list["ModelVersion"]:
+    quoted = name.replace("'", "''")
+    return list(client.search_model_versions(f"name = '{quoted}'", max_results=10_000))
 
 
 def _has_store(home: Path) -> bool:

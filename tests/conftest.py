@@ -88,6 +88,14 @@ stages:
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_keys(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests sign with a key of their own, not with the user's."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    for name in ("SPRINGHEAD_SIGNING_KEY", "SPRINGHEAD_SIGNING_COMMAND", "SPRINGHEAD_SIGNING_PUBLIC_KEY"):
+        os.environ.pop(name, None)
+
+
 class Project:
     """A small DVC project in a folder of its own, whose stages run in the real harness."""
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from springhead.jsonio import read_json, write_json
-from springhead.lineage.digests import file_digest, tree_digest
+from springhead.keys import Keys
+from springhead.lineage.digests import file_digest, files_digest, tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import describe, receipt_path
 
@@ -76,7 +77,7 @@ class Checkout:
             "params": {"seed": 0},
             "seed": 1,
             "dependencies": {p: {k: v for k, v in describe(self.root / p).items() if k != "files"} for p in reads},
-            "code": {"digest": "c" * 64, "files": {"stages/x.py": "d" * 64}},
+            "code": {"digest": files_digest({"stages/x.py": "d" * 64}), "files": {"stages/x.py": "d" * 64}},
             "environment": {"python": "3.11", "lock": {}, "packages": {}},
             "outputs": {output: describe(self.root / output)},
             "datasets": [],
@@ -86,7 +87,7 @@ class Checkout:
         path = receipt_path(self.root, stage)
         write_json(path, receipt)
         body = {"execution": f"x-{stage}", "stage": stage, "receipt": file_digest(path), "git": {"revision": "c0ffee"}}
-        Ledger(self.home).append("execution", body | {"inputs": "", "models": declared})
+        Ledger(self.home).append("execution", body | {"inputs": "", "models": declared}, Keys.of(self.root, self.home))
 
     def filter(self, content: str = "episodes") -> None:
         for step in ("collect", "filter"):
@@ -103,7 +104,7 @@ class Checkout:
             "data_digest": data_digest or tree_digest(self.root / data),
             "success": success,
             "severity": severity,
-            "expectations": [{"name": "costs are not negative", "success": success, "severity": "critical"}],
+            "expectations": [{"name": "costs are not negative", "success": severity == "none", "severity": severity}],
         }
         write_json(self.root / out / "verdict.json", verdict)
         self.receipt(f"rl-validate@{TASK}", out, [data])

@@ -9,6 +9,8 @@ import yaml
 from springhead import gates
 from springhead.errors import BadInput
 from springhead.evidence import read_evidence
+from springhead.jsonio import read_json, write_json
+from springhead.keys import Keys
 from springhead.lineage.ledger import Ledger
 from tests.promotable import NAME, REPOSITORY, TASK, Checkout
 
@@ -48,9 +50,11 @@ def test_an_unsafe_candidate_is_never_chosen_however_good(checkout: Checkout) ->
     judgement = judge(checkout)
     assert judgement.chosen is not None
     assert judgement.chosen.label == "bc-safe seed 1"
-    assert closed(judgement)["cdt seed 0"] == {"bound normalised_cost": "1.2, must be ≤ 1"}
+    assert closed(judgement)["cdt seed 0"] == {
+        "bound normalised_cost": "; ".join(f"at the limit {limit}: 1.2, must be ≤ 1" for limit in (5, 20, 100))
+    }
     assert "cdt seed 0" in judgement.report()
-    assert "bound normalised_cost: 1.2" in judgement.report()
+    assert "bound normalised_cost: at the limit 5: 1.2" in judgement.report()
 
 
 def test_a_red_verdict_closes_the_gate(checkout: Checkout) -> None:
@@ -60,12 +64,12 @@ def test_a_red_verdict_closes_the_gate(checkout: Checkout) -> None:
     judgement = judge(checkout)
     assert judgement.chosen is None
     reasons = closed(judgement)["cdt seed 0"]
-    assert set(reasons) == {"verdict"}
+    assert set(reasons) == {"verdict", "audit"}
     assert "red (critical): costs are not negative" in reasons["verdict"]
 
 
 def test_a_warning_passes_where_the_rules_say_so(checkout: Checkout) -> None:
-    checkout.validate(success=False, severity="warning")
+    checkout.validate(severity="warning")
     checkout.train()
     checkout.evaluate()
     assert judge(checkout).chosen is not None
@@ -138,12 +142,74 @@ def test_a_ledger_with_a_changed_line_closes_every_gate(checkout: Checkout) -> N
     ledger.write_text(ledger.read_text().replace("c0ffee", "decade", 1))
     judgement = judge(checkout)
     assert judgement.chosen is None
-    assert "was changed, removed or moved" in closed(judgement)["cdt seed 0"]["receipts"]
+    assert "was changed, removed or moved" in closed(judgement)["cdt seed 0"]["audit"]
 
 
-def promoted(checkout: Checkout, digest: str, value: float) -> None:
-    body = {"model": NAME, "version": "1", "digest": digest, "figures": {"normalised_return": value}}
-    Ledger(checkout.home).append("promotion", body)
+@pytest.mark.fault
+def test_a_ledger_that_was_cut_closes_every_gate(checkout: Checkout) -> None:
+    """A shorter ledger is still a whole chain; its signed head says that something is gone."""
+    ledger = checkout.home / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    reasons = closed(judge(checkout))["cdt seed 0"]
+    assert "1 lost at the end" in reasons["signed"]
+    assert "1 lost at the end" in reasons["audit"]
+
+
+@pytest.mark.fault
+def test_a_key_that_is_not_trusted_closes_every_gate(checkout: Checkout) -> None:
+    for path in (checkout.root / "mlflow/trusted-keys").glob("*.pem"):
+        path.unlink()
+    other = Keys(checkout.root / "mlflow/trusted-keys", checkout.home / "unused")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(checkout.home / "other"))
+        other.sign(b"of somebody else")
+    reasons = closed(judge(checkout))["cdt seed 0"]
+    assert "is not in" in reasons["signed"]
+
+
+def test_a_bound_at_each_limit_looks_at_all_of_them(checkout: Checkout) -> None:
+    path = f"data/rl/evaluate/{TASK}/summary.json"
+    summary = read_json(checkout.root / path)
+    model = next(m for m in summary["models"] if m["algorithm"] == "cdt" and m["seed"] == 0)
+    model["limits"]["5"]["normalised_cost"] = 1.3
+    write_json(checkout.root / path, summary)
+    checkout.receipt(f"rl-evaluate@{TASK}", f"data/rl/evaluate/{TASK}", [f"data/rl/train/{TASK}"])
+    judgement = judge(checkout)
+    assert closed(judgement)["cdt seed 0"] == {"bound normalised_cost": "at the limit 5: 1.3, must be ≤ 1"}
+    assert judgement.chosen is not None
+    assert judgement.chosen.label == "cdt seed 1"
+
+
+def test_noise_is_the_standard_error_of_the_difference() -> None:
+    # By hand: sd 0.2 over 16 episodes is 0.05; a share of 0.5 of 100 problems has 0.05 as well.
+    assert gates.standard_error({"r": 0.5, "r_std": 0.2, "episodes": 16}, "r") == pytest.approx(0.05)
+    assert gates.standard_error({"worst_case": 0.5, "problems": 100}, "worst_case") == pytest.approx(0.05)
+    assert gates.standard_error({"r": 0.5}, "r") == 0.0
+
+
+def test_a_champion_that_is_better_by_noise_only_gives_way(checkout: Checkout) -> None:
+    path = f"data/rl/evaluate/{TASK}/summary.json"
+    summary = read_json(checkout.root / path)
+    for model in summary["models"]:
+        # standard errors .05 and 0.05: 1.64 times their hypotenuse is .116
+        model["limits"]["20"] |= {"normalised_return_std": 0.2, "episodes": 16}
+    write_json(checkout.root / path, summary)
+    checkout.receipt(f"rl-evaluate@{TASK}", f"data/rl/evaluate/{TASK}", [f"data/rl/train/{TASK}"])
+    promoted(checkout, "f" * 64, 0.73, normalised_return_std=0.2, episodes=16)
+    assert "0.12 may be noise" in closed(judge(checkout))["cdt seed 0"]["champion"]
+    promoted(checkout, "f" * 64, 0.71, normalised_return_std=0.2, episodes=16)
+    chosen = judge(checkout).chosen
+    assert chosen is not None
+    assert chosen.label == "cdt seed 0"
+
+
+def promoted(checkout: Checkout, digest: str, value: float, **more: float) -> None:
+    figures = {"normalised_return": value, **more}
+    body = {"action": "champion", "model": NAME, "version": "1", "digest": digest, "figures": figures}
+    for key in ("data", "verdict", "evaluation", "gates"):
+        body[f"{key}_digest"] = "0" * 64
+    body |= {"receipt": "0" * 64, "provenance": "0" * 64, "summary": "0" * 64}
+    Ledger(checkout.home).append("promotion", body, Keys.of(checkout.root, checkout.home))
 
 
 def test_a_clearly_better_champion_stays(checkout: Checkout) -> None:
@@ -151,7 +217,7 @@ def test_a_clearly_better_champion_stays(checkout: Checkout) -> None:
     judgement = judge(checkout)
     assert judgement.chosen is None
     assert closed(judgement)["cdt seed 0"] == {
-        "champion": "normalised_return 0.6 against 0.66 of version 1, margin 0.05"
+        "champion": "normalised_return 0.6 against 0.66 of version 1, 0.05 may be noise"
     }
     promoted(checkout, "f" * 64, 0.64)  # within the margin
     chosen = judge(checkout).chosen

@@ -1,6 +1,7 @@
 """Promotion into a real MLflow registry, and what is read back from it."""
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from springhead import registry, signing, tracking, versions
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import write_json
+from springhead.keys import Keys
+from springhead.lineage.audit import audit
 from springhead.lineage.digests import tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.spool import Spool
@@ -65,11 +68,11 @@ def test_a_promotion_binds_alias_version_digests_signature_and_ledger(checkout: 
     assert champion.tags["data.sha256"] == body["data_digest"]
     assert champion.stage == f"rl-train@{TASK}-cdt-0"
     assert champion.path == model_of(checkout).relative_to(checkout.root).as_posix()
-    statement = signing.verify(model_of(checkout), checkout.home)
+    statement = signing.verify(model_of(checkout), checkout.home, Keys.of(checkout.root, checkout.home))
     sources = {d["name"]: d["digest"] for d in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
     assert sources[f"data/rl/filter/{TASK}"] == {"sha256": body["data_digest"]}
     assert Ledger(checkout.home).verify() == []
-    folder = registry.download(checkout.home, f"models:/{NAME}@champion", tmp_path / "got")
+    folder = registry.download(checkout.root, checkout.home, f"models:/{NAME}@champion", tmp_path / "got")
     assert tree_digest(folder) == digest
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")]
 
@@ -150,12 +153,12 @@ def test_bytes_swapped_in_the_store_are_noticed(checkout: Checkout, tmp_path: Pa
     stored = min((checkout.home / "mlartifacts").rglob("*.safetensors"))
     stored.write_bytes(stored.read_bytes()[:-1] + b"\x01")
     with pytest.raises(Finding, match="differs from what was signed"):
-        registry.download(checkout.home, f"{NAME}@champion", tmp_path / "got")
+        registry.download(checkout.root, checkout.home, f"{NAME}@champion", tmp_path / "got")
     result = promote(checkout)  # the model in the checkout is whole, so it is registered again
     assert result.version == "2"
     with pytest.raises(BadInput, match="not an empty folder"):
-        registry.download(checkout.home, f"{NAME}@champion", tmp_path / "got")
-    assert registry.download(checkout.home, f"{NAME}@champion", tmp_path / "again").is_dir()
+        registry.download(checkout.root, checkout.home, f"{NAME}@champion", tmp_path / "got")
+    assert registry.download(checkout.root, checkout.home, f"{NAME}@champion", tmp_path / "again").is_dir()
 
 
 @pytest.mark.fault
@@ -240,7 +243,7 @@ def test_a_tag_cannot_lead_out_of_the_model(checkout: Checkout, tmp_path: Path) 
     client = tracking.connect(checkout.home)
     client.set_model_version_tag(NAME, "1", versions.WITHIN, "../../../../..")
     with pytest.raises(BadInput, match="leads out of the model"):
-        registry.download(checkout.home, f"{NAME}@champion", tmp_path / "got")
+        registry.download(checkout.root, checkout.home, f"{NAME}@champion", tmp_path / "got")
 
 
 def test_the_served_form_answers_like_the_policy(checkout: Checkout) -> None:
@@ -303,6 +306,147 @@ def test_a_language_model_loads_from_what_mlflow_gives_back(checkout: Checkout, 
 
     result = registry.promote("mend-tiny", root, checkout.home)
     assert (result.label, len(result.judgement.results)) == ("mend seed 1", 2)
-    folder = registry.download(checkout.home, "models:/mend-tiny@champion", tmp_path / "got")
+    folder = registry.download(checkout.root, checkout.home, "models:/mend-tiny@champion", tmp_path / "got")
     assert tree_digest(folder) == result.digest
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 16
+
+
+# -- challenger, rollback, attestations -----------------------------------------------------------
+
+
+def better(checkout: Checkout) -> registry.PromotionResult:
+    """Promotes a second champion over the first."""
+    checkout.train(offset=50)
+    checkout.evaluate(bonus=0.1)
+    return promote(checkout)
+
+
+def test_a_challenger_stands_beside_the_champion_and_may_win(checkout: Checkout) -> None:
+    promote(checkout)
+    result = promote(checkout, challenger=True)
+    assert (result.version, result.label) == ("2", "cdt seed 1")
+    assert registry.resolve(checkout.home, f"{NAME}@challenger").version == "2"
+    assert registry.champions(checkout.home)[0].version == "1"
+    assert not promote(checkout, challenger=True).changed
+    assert "already the champion" in str(promote(checkout))  # a challenger moves no champion
+    chosen = promote(checkout, model=result.digest[:10])
+    assert (chosen.version, chosen.label) == ("2", "cdt seed 1")
+    one, two = registry.versions_of(checkout.home, NAME)
+    assert (one.aliases, two.aliases) == (("previous",), ("champion",))
+
+
+def test_a_digest_of_no_candidate_names_those_there_are(checkout: Checkout) -> None:
+    with pytest.raises(BadInput, match=r"no such candidate; it has .*cdt seed 0"):
+        promote(checkout, model="0123456789")
+
+
+def test_a_rollback_puts_the_earlier_champion_back_and_says_so(checkout: Checkout) -> None:
+    with pytest.raises(BadInput, match="nothing was promoted yet"):
+        registry.rollback(NAME, checkout.root, checkout.home)
+    promote(checkout)
+    with pytest.raises(Finding, match="earlier champions: none"):
+        registry.rollback(NAME, checkout.root, checkout.home)
+    better(checkout)
+    with pytest.raises(Finding, match=r"version 9 was never champion; earlier champions: 1"):
+        registry.rollback(NAME, checkout.root, checkout.home, to="9")
+    result = registry.rollback(NAME, checkout.root, checkout.home, reason="it drifts")
+    assert str(result).startswith("version 1 is the champion again, instead of version 2")
+    assert registry.resolve(checkout.home, f"{NAME}@champion").version == "1"
+    assert registry.resolve(checkout.home, f"{NAME}@previous").version == "2"
+    body = promotions(checkout)[-1]
+    assert (body["action"], body["reason"], body["previous"]["version"]) == ("rollback", "it drifts", "2")
+    assert registry.rollback(NAME, checkout.root, checkout.home).version == "2"
+    assert not audit(checkout.root).red
+
+
+@pytest.mark.fault
+def test_a_rollback_to_swapped_bytes_or_lost_statements_is_refused(checkout: Checkout) -> None:
+    promote(checkout)
+    better(checkout)
+    first = promotions(checkout)[0]
+    stored = versions.local(tracking.connect(checkout.home), registry.versions_of(checkout.home, NAME)[0])
+    assert stored is not None
+    weights = next(stored.glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(Finding, match="no longer holds the bytes"):
+        registry.rollback(NAME, checkout.root, checkout.home)
+    weights.write_bytes(whole)
+    shutil.rmtree(checkout.home / "signatures" / first["digest"])
+    with pytest.raises(Finding, match="signed provenance .* is missing"):
+        registry.rollback(NAME, checkout.root, checkout.home)
+    assert registry.champions(checkout.home)[0].version == "2"
+
+
+def test_a_promotion_is_stated_in_two_signed_statements(checkout: Checkout) -> None:
+    promote(checkout)
+    (body,) = promotions(checkout)
+    keys = Keys.of(checkout.root, checkout.home)
+    found = {s["predicateType"]: s for _, s in signing.statements(checkout.home, keys, body["digest"])}
+    assert set(found) == {signing.PROVENANCE, signing.SUMMARY}
+    assert all(signing.subject_digest(s) == body["digest"] for s in found.values())
+    summary = found[signing.SUMMARY]["predicate"]
+    assert summary["resourceUri"] == f"models:/{NAME}/1"
+    assert summary["verificationResult"] == "PASSED"
+    named = {a["uri"].rpartition(":")[2]: a["digest"]["sha256"] for a in summary["inputAttestations"]}
+    assert (named["verdict"], named["data"]) == (body["verdict_digest"], body["data_digest"])
+    materials = found[signing.PROVENANCE]["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert materials[0] == {"name": "repository", "digest": {"gitCommit": "c0ffee"}}
+
+
+@pytest.mark.fault
+def test_an_old_signed_model_with_another_verdict_is_found(checkout: Checkout) -> None:
+    """F27: neither an entry nor a tag can lend a signed model the verdict of other data."""
+    promote(checkout)
+    (old,) = promotions(checkout)
+    keys = Keys.of(checkout.root, checkout.home)
+    forged = {k: v for k, v in old.items()} | {"verdict_digest": "a" * 64, "data_digest": "b" * 64}
+    Ledger(checkout.home).append("promotion", forged, keys)
+    problems = {p.what for p in audit(checkout.root).problems if p.severity == "red"}
+    assert any("states another inputAttestations than the ledger" in what for what in problems)
+    assert any("names another data.sha256, verdict.sha256 than its promotion" in what for what in problems)
+
+
+@pytest.mark.fault
+def test_a_version_whose_tags_were_edited_is_found(checkout: Checkout) -> None:
+    promote(checkout)
+    assert not audit(checkout.root).red
+    tracking.connect(checkout.home).set_model_version_tag(NAME, "1", "verdict.sha256", "a" * 64)
+    (problem,) = [p for p in audit(checkout.root).problems if p.severity == "red"]
+    assert problem.where == f"{NAME}/1"
+    assert "verdict.sha256" in problem.what
+
+
+@pytest.mark.fault
+def test_an_old_ledger_with_its_old_head_is_found(checkout: Checkout) -> None:
+    """Whoever puts back ledger and head together has a valid pair; the registry remembers a later head."""
+    files = ("ledger.jsonl", "ledger.head.json")
+    promote(checkout)
+    before = {name: (checkout.home / name).read_bytes() for name in files}
+    better(checkout)
+    for name in files:
+        (checkout.home / name).write_bytes(before[name])
+    found = {f"{p.where}: {p.what}" for p in audit(checkout.root).problems if p.severity == "red"}
+    assert any("the ledger has version 1: it was moved by hand" in what for what in found)
+
+
+@pytest.mark.fault
+def test_a_key_in_a_kms_signs_through_a_program(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, public = checkout.home / "hsm.pem", checkout.home / "hsm.pub"
+    make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(key)]
+    subprocess.run(make, check=True, capture_output=True)
+    derive = ["openssl", "ec", "-in", str(key), "-pubout", "-out", str(public)]
+    subprocess.run(derive, check=True, capture_output=True)
+    shutil.copy(public, checkout.root / "mlflow/trusted-keys/hsm.pem")
+    monkeypatch.setenv("SPRINGHEAD_SIGNING_COMMAND", f"openssl dgst -sha256 -sign {key}")
+    with pytest.raises(BadInput, match="SPRINGHEAD_SIGNING_PUBLIC_KEY must name"):
+        promote(checkout)
+    monkeypatch.setenv("SPRINGHEAD_SIGNING_PUBLIC_KEY", str(public))
+    assert promote(checkout).changed
+    assert not audit(checkout.root).red
+    monkeypatch.setenv("SPRINGHEAD_SIGNING_COMMAND", "cat")
+    with pytest.raises(BadInput, match="is no ECDSA signature"):
+        promote(checkout, challenger=True)
+    monkeypatch.setenv("SPRINGHEAD_SIGNING_COMMAND", "false")
+    with pytest.raises(BadInput, match="false failed"):
+        promote(checkout, challenger=True)

@@ -5,8 +5,9 @@ not notice a changed byte in its own cache, and MLflow lets an alias be set on a
 are compared with digests that are computed here and now.
 """
 
-import tempfile
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import read_json
 from springhead.lineage.digests import file_digest, files_digest
-from springhead.lineage.dvcfiles import cache_objects
+from springhead.lineage.dvcfiles import cache_objects, directory_md5, file_md5
+from springhead.lineage.head import FILE as HEAD
+from springhead.lineage.head import check_head
+from springhead.lineage.promotions import promotions
 from springhead.lineage.receipts import receipt_path
-from springhead.lineage.workspace import RED, WARNING, Problem, Workspace, hashed
+from springhead.lineage.workspace import RED, WARNING, Locked, Problem, Workspace
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,16 @@ class Audit:
         return {"red": self.red, "checked": self.checked, "problems": [asdict(p) for p in self.problems]}
 
 
-def audit(root: Path, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> Audit:
+def audit(
+    root: Path, deep: bool = False, progress: Callable[[int, int], None] | None = None, registry: bool = True
+) -> Audit:
     """Checks a checkout from its data to its registry.
 
     Args:
         root: the repository root.
-        deep: also re-hash every object in DVC's cache.
+        deep: also hash the objects in DVC's cache that no stage uses now, and every version in the registry.
         progress: called with (files hashed, files in all).
+        registry: also compare with MLflow and, where ``PREFECT_API_URL`` names one, a Prefect server.
 
     Raises:
         BadInput: if a receipt, ``dvc.lock`` or the ledger cannot be read at all.
@@ -52,10 +59,14 @@ def audit(root: Path, deep: bool = False, progress: Callable[[int, int], None] |
     if not workspace.graph.receipts:
         raise BadInput(f"{root}/data/receipts: no receipts; run `springhead run` or `dvc repro`, or `dvc pull`")
     checks = [check_outputs, check_contents, check_links, check_lock, check_code, check_ledger, check_verdicts]
-    for check in [*checks, check_registry]:
+    for check in [*checks, check_signatures]:
         check(workspace)
     if deep:
         check_cache(workspace)
+    if registry:
+        from springhead.lineage import records
+
+        records.check(workspace, deep)
     order = {RED: 0, WARNING: 1}
     found = tuple(sorted(workspace.problems, key=lambda p: (order[p.severity], p.check, p.where)))
     return Audit(found, workspace.checked)
@@ -77,7 +88,7 @@ def check_outputs(ws: Workspace) -> None:
                 continue
             for name in sorted(recorded.keys() | listing.keys()):
                 path = f"{out}/{name}" if name else out
-                now = ws.hashes[listing[name]].sha256 if name in listing else None
+                now = ws.hashes[listing[name]] if name in listing else None
                 problem = _difference(recorded.get(name), now)
                 if problem:
                     again = f"restore it: `rm -r {out} && dvc checkout {out}`, or `dvc repro -f {stage}`"
@@ -133,27 +144,69 @@ def check_links(ws: Workspace) -> None:
 
 
 def check_lock(ws: Workspace) -> None:
-    """Compares ``dvc.lock`` with the workspace and with the receipts."""
-    for stage in ws.graph.receipts.keys() | ws.lock.keys():
-        receipt, entry = ws.graph.receipts.get(stage), ws.lock.get(stage)
+    """Compares ``dvc.lock`` and the objects it names in DVC's cache with the receipts and the workspace."""
+    for stage in sorted(ws.graph.receipts.keys() | ws.lock.keys()):
+        receipt, locked = ws.graph.receipts.get(stage), ws.locked.get(stage)
         path = receipt_path(Path(), stage).as_posix()
-        if entry is None:
+        if locked is None:
             what = "is the receipt of a stage that dvc.lock does not know"
             ws.report(WARNING, "dvc.lock", what, path, f"`dvc repro {stage}`; remove it if the stage is gone", [stage])
             continue
-        outs = {out["path"]: out.get("md5", "") for out in entry.get("outs", [])}
         if receipt is None:
-            if path in outs:
+            if path in locked.outs:
                 what = "is missing: what the stage made cannot be traced"
                 ws.report(RED, "dvc.lock", what, path, f"`dvc checkout {path}` or `dvc repro {stage}`", [stage])
             continue
-        for out in sorted(outs):
-            ws.count("dvc.lock")
-            now = ws.md5(out)
-            if now is not None and now != outs[out]:
-                what = f"is not what dvc.lock records for {stage} (md5 {now[:12]}…, not {outs[out][:12]}…)"
-                ws.report(RED, "dvc.lock", what, out, f"`dvc checkout {out}`, or `dvc repro {stage}`", [stage])
-        _check_lock_params(ws, stage, entry, receipt)
+        _check_locked(ws, stage, receipt, locked)
+        _check_lock_params(ws, stage, ws.lock[stage], receipt)
+
+
+def _check_locked(ws: Workspace, stage: str, receipt: dict[str, Any], locked: Locked) -> None:
+    """Checks that what ``dvc.lock`` names for a stage is what the stage made."""
+    made = {receipt_path(Path(), stage).as_posix(): ws.hashes[receipt_path(ws.root, stage)]}
+    for out, facts in receipt["outputs"].items():
+        made |= (
+            {f"{out}/{name}": d for name, d in facts["files"].items()} if "files" in facts else {out: facts["sha256"]}
+        )
+    named: dict[str, set[str]] = {out: set() for out in locked.outs}
+    for path, md5, place in locked.objects:
+        ws.count("dvc.lock")
+        out = next(o for o in locked.outs if path == o or path.startswith(o + "/"))
+        named[out].add(path)
+        if place in ws.hashes:
+            _check_object(ws, stage, path, md5, place, made.get(path))
+        elif (ws.root / path).is_file() and file_md5(ws.root / path) != md5:  # not in the cache: `dvc gc` took it
+            what = f"is not what dvc.lock records for {stage} (md5 {md5[:12]}…)"
+            ws.report(RED, "dvc.lock", what, path, f"`dvc checkout {out}`, or `dvc repro {stage}`", [stage])
+    for out, place in locked.broken.items():
+        if place.is_file():
+            what = f"cache object, the listing of {out}, holds other bytes than its name says"
+            ws.report(RED, "cache", what, _shown(ws, place), f"`springhead repair`, or `dvc repro -f {stage}`", [stage])
+        now = {name: file_md5(file) for name, file in ws.files.get(out, {}).items()}
+        if now and directory_md5(now) != locked.outs[out]:
+            what = f"is not what dvc.lock records for {stage}"
+            ws.report(RED, "dvc.lock", what, out, f"`dvc checkout {out}`, or `dvc repro {stage}`", [stage])
+    for out in sorted(set(locked.outs) - set(locked.broken)):
+        claimed = {path for path in made if path == out or path.startswith(out + "/")}
+        if odd := sorted(claimed ^ named[out]):
+            what = f"names other files in {out} than the receipt of {stage}: {', '.join(odd[:3])}"
+            ws.report(RED, "dvc.lock", what, "dvc.lock", f"`git checkout dvc.lock`, or `dvc repro -f {stage}`", [stage])
+
+
+def _check_object(ws: Workspace, stage: str, path: str, md5: str, place: Path, made: str | None) -> None:
+    """Checks one object of the cache against the receipt."""
+    if made is None or ws.hashes[place] == made:
+        return
+    if file_md5(place) != md5:
+        what = f"cache object holds other bytes than its name says ({path} of {stage})"
+        ws.report(RED, "cache", what, _shown(ws, place), f"`springhead repair`, or `dvc repro -f {stage}`", [stage])
+    else:
+        what = f"dvc.lock records another content for {stage} (md5 {md5[:12]}…) than its receipt (sha256 {made[:12]}…)"
+        ws.report(RED, "dvc.lock", what, path, f"`git checkout dvc.lock`, or `dvc repro -f {stage}`", [stage])
+
+
+def _shown(ws: Workspace, path: Path) -> str:
+    return path.relative_to(ws.root).as_posix() if path.is_relative_to(ws.root) else str(path)
 
 
 def _check_lock_params(ws: Workspace, stage: str, entry: dict[str, Any], receipt: dict[str, Any]) -> None:
@@ -165,23 +218,24 @@ def _check_lock_params(ws: Workspace, stage: str, entry: dict[str, Any], receipt
 
 
 def check_cache(ws: Workspace) -> None:
-    """Hashes every object of DVC's cache: an object's name is the MD5 of its content."""
-    used: dict[str, set[str]] = {}
-    for stage, entry in ws.lock.items():
-        for out in entry.get("outs", []):
-            used.setdefault(out.get("md5", ""), set()).add(stage)
+    """Hashes every object of DVC's cache, also of old revisions: an object's name is the MD5 of its content."""
+    users: dict[str, set[str]] = {}
+    for stage, locked in ws.locked.items():
+        for md5 in [*locked.outs.values(), *(md5 for _, md5, _ in locked.objects)]:
+            users.setdefault(md5, set()).add(stage)
     objects = cache_objects(ws.root)
-    for name, _, inner in objects:
-        for md5 in inner:  # what a folder's listing names is used where the folder is
-            used.setdefault(md5, set()).update(used.get(name, ()))
-    for (name, path, _), (_, hashes) in zip(objects, hashed([p for _, p, _ in objects]), strict=True):
-        ws.count("cache")
-        if hashes.md5 != name.removesuffix(".dir"):
-            stages = sorted(used.get(name, ()))
-            what = f"cache object holds other bytes than its name says (used by {', '.join(stages) or 'no stage now'})"
-            first = stages[0] if stages else "STAGE"
-            do = f"remove it, then `dvc fetch` from a good remote or `dvc repro -f {first}`"
-            ws.report(RED, "cache", what, str(path), do, stages)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        digests = pool.map(file_md5, [path for _, path in objects])
+        for (name, path), md5 in zip(objects, digests, strict=True):
+            ws.count("cache")
+            where = _shown(ws, path)
+            if md5 != name.removesuffix(".dir") and not any(p.where == where for p in ws.problems):
+                stages = sorted(users.get(name, ()))
+                what = (
+                    f"cache object holds other bytes than its name says (used by {', '.join(stages) or 'no stage now'})"
+                )
+                do = "`springhead repair`, or remove it, then `dvc fetch` from a good remote"
+                ws.report(RED, "cache", what, where, do, stages)
 
 
 # -- code, ledger, verdicts, registry -------------------------------------------------------------
@@ -226,13 +280,53 @@ def check_ledger(ws: Workspace) -> None:
     known = {body["stage"] for body in executions}
     for stage in ws.graph.receipts:
         path = receipt_path(ws.root, stage)
-        if (stage, ws.hashes[path].sha256) not in written:
+        if (stage, ws.hashes[path]) not in written:
             why = (
                 "the ledger knows other executions of the stage only" if stage in known else "no execution is recorded"
             )
             what = f"was not written by an execution in this ledger ({why})"
             do = f"expected after `dvc pull` from another machine; else `dvc repro -f {stage}`"
             ws.report(WARNING, "ledger", what, path.relative_to(ws.root).as_posix(), do, [stage])
+
+
+def check_signatures(ws: Workspace) -> None:
+    """Checks the signed head of the ledger, the keys, and the signed statements behind every promotion."""
+    from springhead import attestations
+
+    for problem in ws.keys.problems():
+        where, _, what = problem.partition(": ")
+        if "the first promotion makes one" not in problem or promotions(_entries(ws)):
+            ws.report(RED, "keys", what, where, "see docs/guide/signing.md", ws.graph.receipts)
+    try:
+        state = check_head(ws.ledger, ws.keys)
+    except BadInput:  # a trusted key that cannot be read, which is named above
+        return
+    where = f"{ws.home.name}/{HEAD}"
+    if state.problem:
+        do = "restore ledger and head from a backup; `springhead doctor` says more"
+        ws.report(RED, "ledger", state.problem, where, do, ws.graph.receipts)
+    elif state.unsigned:
+        what = f"does not vouch for the last {state.unsigned} entries of the ledger yet"
+        ws.report(WARNING, "ledger", what, where, "the next run or promotion signs them")
+    for entry in promotions(_entries(ws)):
+        ws.count("promotions")
+        body = entry["body"]
+        name = f"{body['model']}/{body['version']}"
+        stages = [model.stage for model in ws.graph.models if model.sha256 == body["digest"]]
+        problems = attestations.problems(ws.home, ws.keys, body)
+        if entry["seq"] >= state.signed and not state.problem:
+            problems.append("its ledger entry is not signed")
+        for problem in problems:
+            what = f"ledger entry {entry['seq']}: {problem}"
+            ws.report(RED, "signatures", what, name, f"`springhead promote {body['model']}` after restoring", stages)
+
+
+def _entries(ws: Workspace) -> list[dict[str, Any]]:
+    """Returns the ledger's entries, none where a line is damaged, which its own check names."""
+    try:
+        return ws.ledger.entries()
+    except BadInput:
+        return []
 
 
 def check_verdicts(ws: Workspace) -> None:
@@ -275,54 +369,3 @@ def _check_verdict(ws: Workspace, stage: str, path: str, verdict: dict[str, Any]
 def _judgeable(ws: Workspace, path: str) -> list[str]:
     """Returns what a verdict can be about, given a dependency: the path, and the output that holds it."""
     return [path, *(out for out in ws.outputs if path.startswith(out + "/"))]
-
-
-def check_registry(ws: Workspace) -> None:
-    """Checks that every champion was put there by a promotion, and that MLflow still holds what was promoted."""
-    from springhead import registry
-
-    try:
-        newest = {e["body"]["model"]: e["body"] for e in ws.ledger.entries() if e["kind"] == "promotion"}
-        champions = {champion.name: champion for champion in registry.champions(ws.home)}
-    except SpringheadError as error:
-        do = "start MLflow, or mend what the message names"
-        ws.report(RED, "registry", f"cannot be compared ({error})", "MLflow", do)
-        return
-    for name in sorted(newest.keys() | champions.keys()):
-        ws.count("champions")
-        problem = _champion_problem(ws, newest.get(name), champions.get(name))
-        digest = champions[name].digest if name in champions else newest[name]["digest"]
-        stages = [model.stage for model in ws.graph.models if model.sha256 == digest]
-        if problem:
-            ws.report(
-                RED, "registry", problem, name, f"`springhead promote {name}` sets the alias by the rules", stages
-            )
-        elif not stages:
-            what = "the champion was not made by any receipt here: the pipeline has moved on since"
-            ws.report(WARNING, "registry", what, name, f"`springhead promote {name}` judges the models made now")
-
-
-def _champion_problem(ws: Workspace, promoted: dict[str, Any] | None, champion: Any) -> str:
-    """Returns what is wrong with one champion, or an empty string."""
-    from springhead import registry
-
-    if champion is None:
-        assert promoted is not None
-        return f"version {promoted['version']} was promoted, but nothing carries the alias champion now"
-    if promoted is None:
-        return f"alias champion is on version {champion.version}, but nothing was ever promoted: it was set by hand"
-    if str(promoted["version"]) != str(champion.version):
-        return (
-            f"alias champion is on version {champion.version}, but version {promoted['version']} was promoted: "
-            "it was moved by hand"
-        )
-    if champion.digest != promoted["digest"]:
-        return f"version {champion.version} names {champion.digest[:16]}…, but {promoted['digest'][:16]}… was promoted"
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            registry.download(ws.home, f"{champion.name}@{registry.CHAMPION}", Path(temporary))
-        except SpringheadError as error:
-            return f"version {champion.version} is not what was promoted: {error}"
-        except Exception as error:  # MLflow lets errors of its stores through
-            return f"version {champion.version} cannot be read from MLflow ({type(error).__name__}: {error})"
-    return ""

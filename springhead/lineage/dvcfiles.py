@@ -7,7 +7,7 @@ a cache object by its file mode, so a changed byte would go unseen.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,13 @@ from springhead.params import Loader
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Hashes:
-    """Both digests of a file, from one reading."""
-
-    sha256: str
-    md5: str
-
-
-def hash_file(path: Path) -> Hashes:
-    """Returns the SHA-256 (ours) and the MD5 (DVC's) of a file."""
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+def file_md5(path: Path) -> str:
+    """Returns DVC's hash of a file."""
+    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            sha256.update(block)
-            md5.update(block)
-    return Hashes(sha256.hexdigest(), md5.hexdigest())
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def directory_md5(files: Mapping[str, str]) -> str:
@@ -63,8 +54,13 @@ def read_lock(root: Path) -> dict[str, dict[str, Any]]:
     return dict(lock.get("stages") or {})
 
 
+@lru_cache(maxsize=8)
 def cache_folder(root: Path) -> Path:
-    """Returns the folder of DVC's cache, as DVC's configuration has it."""
+    """Returns the folder of DVC's cache, as DVC's configuration has it.
+
+    Raises:
+        BadInput: if DVC cannot open the folder.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -75,19 +71,27 @@ def cache_folder(root: Path) -> Path:
         raise BadInput(f"{root}: DVC cannot open this folder ({error}); run `dvc init`") from error
 
 
-def cache_objects(root: Path) -> list[tuple[str, Path, list[str]]]:
-    """Returns each cache object: its name (the MD5), its file, and the files a folder's listing names."""
-    folder = cache_folder(root)
+def object_path(cache: Path, md5: str) -> Path:
+    """Returns where the cache keeps the object of a hash."""
+    return cache / md5[:2] / md5[2:]
+
+
+def folder_listing(path: Path, md5: str) -> dict[str, str] | None:
+    """Returns the MD5 of each file of a folder by path, or None if its listing is missing or damaged."""
+    try:
+        content = path.read_bytes()
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
+            return None
+        return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def cache_objects(root: Path) -> list[tuple[str, Path]]:
+    """Returns every object of the cache: its name, which is its MD5, and its file."""
     found = []
-    for path in sorted(folder.glob("[0-9a-f][0-9a-f]/*")):
+    for path in sorted(cache_folder(root).glob("[0-9a-f][0-9a-f]/*")):
         name = path.parent.name + path.name
-        if len(name.removesuffix(".dir")) != 32 or not path.is_file():
-            continue  # a temporary file of a transfer that was cut off; DVC ignores it too
-        inner: list[str] = []
-        if name.endswith(".dir"):
-            try:
-                inner = [entry["md5"] for entry in json.loads(path.read_bytes())]
-            except (ValueError, KeyError, TypeError):
-                inner = []  # its hash cannot match either, which the caller reports
-        found.append((name, path, inner))
+        if len(name.removesuffix(".dir")) == 32 and path.is_file():
+            found.append((name, path))  # others are temporary files of a transfer that was cut off
     return found

@@ -9,14 +9,18 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from springhead.errors import BadInput
+from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import canonical
+
+if TYPE_CHECKING:
+    from springhead.keys import Keys
 
 GENESIS = "0" * 64
 
@@ -28,7 +32,8 @@ class Ledger:
         self.path = home / "ledger.jsonl"
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from appending."""
         # The kernel drops the lock when the process dies, so no stale lock can be left behind.
         with (self.path.parent / "ledger.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -37,18 +42,22 @@ class Ledger:
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
 
-    def append(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Adds an entry and returns it.
+    def append(self, kind: str, body: dict[str, Any], keys: "Keys | None" = None) -> dict[str, Any]:
+        """Adds an entry, signs the new head where keys are given, and returns the entry.
+
+        A head that cannot be signed is a warning on standard error, because the entry is a fact that
+        must not be lost; :mod:`springhead.lineage.head` says what the audit makes of it.
 
         Args:
-            kind: what the entry is: ``execution``, ``promotion``, ``verdict`` ...
+            kind: what the entry is: ``execution``, ``promotion``, ``failure`` ...
             body: its facts, JSON types only.
+            keys: the keys of the checkout. A signer outside this process is asked for promotions only.
 
         Raises:
             BadInput: if the last line is no entry: somebody wrote into the file.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self.locked():
             self._drop_torn_line()
             last = self._last_line()
             entry = {
@@ -62,6 +71,13 @@ class Ledger:
                 file.write(canonical(entry) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if keys is not None and (kind == "promotion" or not keys.external):
+                from springhead.lineage import head
+
+                try:
+                    head.sign_head(self, keys)
+                except SpringheadError as error:
+                    print(f"warning: the head of the ledger is not signed: {error}", file=sys.stderr)
         return entry
 
     def _last_line(self) -> bytes:
@@ -113,8 +129,16 @@ class Ledger:
 
     def head(self) -> str:
         """Returns the digest of the last line, or 64 zeros for an empty ledger."""
-        lines = self._lines()
-        return hashlib.sha256(lines[-1]).hexdigest() if lines else GENESIS
+        return self.extent()[1]
+
+    def extent(self) -> tuple[int, str]:
+        """Returns how many entries there are and the digest of the last, reading only the end."""
+        last = self._last_line()
+        return self._seq(last) + 1, hashlib.sha256(last).hexdigest() if last else GENESIS
+
+    def digests(self) -> list[str]:
+        """Returns the digest of every line, oldest first."""
+        return [hashlib.sha256(line).hexdigest() for line in self._lines()]
 
     def verify(self) -> list[str]:
         """Checks the chain and returns one message per broken line; empty means whole."""

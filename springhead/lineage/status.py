@@ -4,21 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from springhead import spool
+from springhead.declared import read_stages
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
+from springhead.lineage.promotions import standing
 from springhead.lineage.receipts import read_receipts
-from springhead.lineage.why import changes, declared_stages
+from springhead.lineage.why import changes
 
 
 def champions_of(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the newest promotion of each registered model, by name; the ledger alone decides."""
-    newest = {e["body"]["model"]: {**e["body"], "time": e["time"], "entry": e["seq"]} for e in promotions(ledger)}
-    return [newest[name] for name in sorted(newest)]
-
-
-def promotions(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the promotion entries, oldest first."""
-    return [entry for entry in ledger if entry["kind"] == "promotion"]
+    """Returns by which entry each registered model has its champion, by name; the ledger alone decides."""
+    found = standing(ledger)
+    return [found[name] for name in sorted(found)]
 
 
 def last_runs(ledger: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -37,7 +34,7 @@ def status(root: Path, home: Path) -> dict[str, Any]:
         BadInput: if ``dvc.yaml``, a receipt or the ledger cannot be read.
     """
     receipts, ledger = read_receipts(root), Ledger(home).entries()
-    declared, runs = declared_stages(root), last_runs(ledger)
+    declared, runs = read_stages(root, home / "declared"), last_runs(ledger)
     digests: dict[str, str | None] = {}
     rows = []
     order = Graph(receipts).depth

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from springhead.declared import Declared
+from springhead.declared import Declared, read_stages
 from springhead.errors import BadInput
+from springhead.home import home as state_folder
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.lineage.receipts import read_receipts
 from springhead.params import lookup, read_params
@@ -25,44 +26,13 @@ class Change:
     """Whether DVC will run the stage because of it."""
 
 
-def declared_stages(root: Path) -> dict[str, Declared]:
-    """Returns every stage that ``dvc.yaml`` declares, by name, as DVC itself reads it.
-
-    Raises:
-        BadInput: if DVC cannot read the file.
-    """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(root)) as repo:
-            stages = [stage for stage in repo.index.stages if hasattr(stage, "name")]
-            everything = tuple(sorted(_inside(out.fs_path, root) for out in repo.index.outs))
-            return {
-                stage.addressing: Declared(
-                    name=stage.addressing,
-                    dependencies=tuple(_inside(d.fs_path, root) for d in stage.deps if not hasattr(d, "params")),
-                    parameters=tuple(key for d in stage.deps for key in getattr(d, "params", ())),
-                    outputs=tuple(_inside(out.fs_path, root) for out in stage.outs),
-                    all_outputs=everything,
-                )
-                for stage in sorted(stages, key=lambda s: str(s.addressing))
-            }
-    except DvcException as error:
-        raise BadInput(f"{root}/dvc.yaml: DVC cannot read it ({error}); `dvc stage list` shows where") from error
-
-
-def _inside(path: str, root: Path) -> str:
-    return (root / path).relative_to(root).as_posix()
-
-
 def why(root: Path, stage: str) -> list[Change]:
     """Returns what has changed since a stage last ran, most telling first; empty means nothing.
 
     Raises:
         BadInput: if ``dvc.yaml`` has no such stage.
     """
-    declared = declared_stages(root)
+    declared = read_stages(root, state_folder(root) / "declared")
     if stage not in declared:
         close = [name for name in declared if name.partition("@")[0] == stage.partition("@")[0]]
         some = ", ".join((close or list(declared))[:6])

@@ -1,19 +1,24 @@
 """A checkout as an audit sees it: every artefact with its digest now, each file read once."""
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from springhead.errors import BadInput
 from springhead.home import home as state_folder
+from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest
-from springhead.lineage.dvcfiles import Hashes, directory_md5, hash_file, read_lock
+from springhead.lineage.dvcfiles import cache_folder, folder_listing, object_path, read_lock
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
+from springhead.lineage.promotions import standing
 from springhead.lineage.receipts import receipt_path
 
 RED, WARNING = "red", "warning"
-_THREADS = 4  # hashlib and read() release the GIL
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,21 @@ class Problem:
     where: str
     """The file, id or name."""
     affects: tuple[str, ...]
-    """Paths of the models that depend on it."""
+    """The models that depend on it: registered champions by name, then all of them by path."""
     do: str
 
 
 class Workspace:
-    """A checkout with the digests of its artefacts as they are now, each file read once."""
+    """A checkout with the digests of its artefacts as they are now, each file read once.
+
+    SHA-256 is the only digest of the data. What ``dvc.lock`` names by MD5 is found in DVC's cache, where
+    the MD5 is the name of an object, and the object's SHA-256 is compared; so nothing is read twice, and
+    MD5, which is slower and can be forged, is needed only where the cache lacks an object.
+
+    Args:
+        root: the repository root.
+        progress: called with (files hashed, files in all).
+    """
 
     def __init__(self, root: Path, progress: Callable[[int, int], None] | None = None) -> None:
         self.root = root
@@ -41,13 +55,17 @@ class Workspace:
         self.graph = Graph.read(root)
         self.lock = read_lock(root)
         self.ledger = Ledger(self.home)
+        self.keys = Keys.of(root, self.home)
         self.problems: list[Problem] = []
         self.checked: dict[str, int] = {}
         self.outputs = sorted({out for receipt in self.graph.receipts.values() for out in receipt["outputs"]})
         self.files = {out: self._listing(out) for out in self.outputs}
-        wanted = sorted({path for listing in self.files.values() for path in listing.values()})
-        receipts = [receipt_path(root, name) for name in self.graph.receipts]
-        self.hashes: dict[Path, Hashes] = dict(hashed([*wanted, *receipts], progress))
+        self.locked = {stage: Locked.of(entry, root) for stage, entry in self.lock.items()}
+        wanted = {path for listing in self.files.values() for path in listing.values()}
+        wanted |= {receipt_path(root, name) for name in self.graph.receipts}
+        wanted |= {path for locked in self.locked.values() for _, _, path in locked.objects if path.is_file()}
+        self.sizes: dict[Path, int] = {}
+        self.hashes = self._hashed(sorted(wanted), progress)
 
     def _listing(self, out: str) -> dict[str, Path]:
         """Returns the files of an output by relative path; a single file has the path ''."""
@@ -56,6 +74,17 @@ class Workspace:
             found = (item for item in path.rglob("*") if item.is_file())
             return {item.relative_to(path).as_posix(): item for item in sorted(found)}
         return {"": path} if path.is_file() else {}
+
+    def _hashed(self, paths: list[Path], progress: Callable[[int, int], None] | None) -> dict[Path, str]:
+        """Returns the SHA-256 of files; a file that is linked to the cache is read once."""
+        same: dict[tuple[int, int], Path] = {}
+        first: dict[Path, Path] = {}
+        for path in paths:
+            facts = path.stat()
+            first[path] = same.setdefault((facts.st_dev, facts.st_ino), path)
+            self.sizes[path] = facts.st_size
+        digests = digests_of(list(dict.fromkeys(first.values())), self.sizes, progress)
+        return {path: digests[one] for path, one in first.items()}
 
     def sha256(self, path: str) -> str | None:
         """Returns the digest of a path as it is now, or None if there is nothing."""
@@ -71,40 +100,78 @@ class Workspace:
             for name, file in listing.items():
                 full = f"{out}/{name}" if name else out
                 if full == path:
-                    return {"": self.hashes[file].sha256}
+                    return {"": self.hashes[file]}
                 if full.startswith(path + "/"):
-                    found[full[len(path) + 1 :]] = self.hashes[file].sha256
+                    found[full[len(path) + 1 :]] = self.hashes[file]
         outside = self.root / path
         if not found and outside.exists():
             listing = self._listing(path)
-            found = {name: file_digest(file) for name, file in listing.items()}
+            found = {name: self.hashes.get(file) or file_digest(file) for name, file in listing.items()}
         return found
 
-    def md5(self, path: str) -> str | None:
-        """Returns DVC's hash of an output or receipt as it is now."""
-        file = self.root / path
-        if file in self.hashes:
-            return self.hashes[file].md5
-        listing = self.files.get(path) or self._listing(path)
-        if not listing:
-            return None
-        known = {n: self.hashes[f].md5 if f in self.hashes else hash_file(f).md5 for n, f in listing.items()}
-        return known[""] if "" in known else directory_md5(known)
-
     def report(self, severity: str, check: str, what: str, where: str, do: str, stages: Iterable[str] = ()) -> None:
-        """Adds a finding; the models made by or after ``stages`` are affected."""
-        affects = tuple(sorted({model.path for model in self.graph.models_behind(stages)}))
-        self.problems.append(Problem(severity, check, what, where, affects, do))
+        """Adds a finding; the models made by or after ``stages`` are affected, and where they stand as champion."""
+        models = self.graph.models_behind(stages)
+        paths = {model.path for model in models}
+        digests = {model.sha256 for model in models}
+        names = {f"models:/{name}@champion" for name, digest in self._champions.items() if digest in digests}
+        self.problems.append(Problem(severity, check, what, where, (*sorted(names), *sorted(paths)), do))
+
+    @cached_property
+    def _champions(self) -> dict[str, str]:
+        try:
+            return {name: body["digest"] for name, body in standing(self.ledger.entries()).items()}
+        except (BadInput, KeyError, TypeError):  # a damaged ledger is a finding of its own
+            return {}
 
     def count(self, check: str, number: int = 1) -> None:
         """Counts what a check looked at."""
         self.checked[check] = self.checked.get(check, 0) + number
 
 
-def hashed(paths: list[Path], progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[Path, Hashes]]:
-    """Yields the digests of files in their order, read by several threads."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, (path, hashes) in enumerate(zip(paths, pool.map(hash_file, paths), strict=True), start=1):
+@dataclass(frozen=True)
+class Locked:
+    """What ``dvc.lock`` records for one stage, resolved to the objects of DVC's cache.
+
+    Attributes:
+        outs: the MD5 of each output by path, ``….dir`` for a folder.
+        objects: for every file of every output: (path in the repository, MD5, object in the cache).
+        broken: folders whose listing in the cache is missing or is not what its name says, by path.
+    """
+
+    outs: dict[str, str]
+    objects: tuple[tuple[str, str, Path], ...]
+    broken: dict[str, Path]
+
+    @classmethod
+    def of(cls, entry: dict[str, Any], root: Path) -> "Locked":
+        """Reads the outputs of a stage of ``dvc.lock``."""
+        outs = {str(out["path"]): str(out.get("md5", "")) for out in entry.get("outs", [])}
+        cache = cache_folder(root)
+        objects: list[tuple[str, str, Path]] = []
+        broken: dict[str, Path] = {}
+        for path, md5 in outs.items():
+            place = object_path(cache, md5)
+            if not md5.endswith(".dir"):
+                objects.append((path, md5, place))
+                continue
+            inner = folder_listing(place, md5)
+            if inner is None:
+                broken[path] = place
+                continue
+            objects += [(f"{path}/{name}", value, object_path(cache, value)) for name, value in inner.items()]
+        return cls(outs, tuple(objects), broken)
+
+
+def digests_of(
+    paths: list[Path], sizes: Mapping[Path, int], progress: Callable[[int, int], None] | None = None
+) -> dict[Path, str]:
+    """Returns the SHA-256 of files, read by as many threads as there are cores, the largest file first."""
+    found: dict[Path, str] = {}
+    ordered = sorted(paths, key=lambda path: -sizes.get(path, 0))  # so that no core ends with a big one alone
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib and read() release the GIL
+        for done, (path, digest) in enumerate(zip(ordered, pool.map(file_digest, ordered), strict=True), start=1):
+            found[path] = digest
             if progress is not None:
-                progress(done, len(paths))
-            yield path, hashes
+                progress(done, len(ordered))
+    return found

@@ -8,7 +8,7 @@ import yaml
 
 from springhead.errors import BadInput
 from springhead.lineage.audit import Audit, audit
-from springhead.lineage.dvcfiles import directory_md5, hash_file, read_lock
+from springhead.lineage.dvcfiles import directory_md5, file_md5, read_lock
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.query import lineage_of_model
 from springhead.lineage.workspace import RED, WARNING
@@ -181,7 +181,7 @@ def test_a_receipt_without_an_execution_is_a_warning(root: Path) -> None:
 
 
 def test_a_changed_cache_object_is_found_only_by_deep(root: Path) -> None:
-    md5 = hash_file(root / WEIGHTS).md5
+    md5 = file_md5(root / WEIGHTS)
     cached = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
     assert not os.access(cached, os.W_OK) or os.geteuid() == 0
     inode = (root / WEIGHTS).read_bytes()
@@ -199,7 +199,7 @@ def test_our_directory_hash_is_dvc_s(root: Path) -> None:
         for out in entry["outs"]:
             path = root / out["path"]
             if path.is_dir():
-                files = {p.relative_to(path).as_posix(): hash_file(p).md5 for p in path.rglob("*") if p.is_file()}
+                files = {p.relative_to(path).as_posix(): file_md5(p) for p in path.rglob("*") if p.is_file()}
                 assert directory_md5(files) == out["md5"]
 
 

@@ -179,15 +179,74 @@ def _counter() -> Any:
 
 
 @app.command()
-def promote(
-    name: Annotated[str, typer.Argument(help="A registered model that mlflow/gates.yaml has a gate for.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Evaluate the gate, change nothing.")] = False,
+def repair(
+    execute: Annotated[
+        bool, typer.Option("--execute/--no-execute", help="Execute stages whose output is lost.")
+    ] = True,
+    as_json: AsJson = False,
 ) -> None:
-    """Make the best model that passes its gate the champion."""
+    """Mend what the audit finds: files, cache objects, aliases."""
+    from springhead.lineage.repair import repair as mend
+    from springhead.lineage.workspace import RED
+
+    result = mend(_root(), (lambda line: None) if as_json else typer.echo, execute)
+    left = [problem for problem in result.left.problems if problem.severity == RED]
+    if as_json:
+        _print_json({"done": result.done, "left": result.left.as_json()})
+    else:
+        for problem in left:
+            typer.secho(f"still red: {problem.where} {problem.what}", fg="red")
+            typer.echo(f"        do: {problem.do}")
+        typer.echo(
+            "nothing to mend" if not result.done and not left else f"{len(result.done)} steps, {len(left)} still red"
+        )
+    if left:
+        raise typer.Exit(1)
+
+
+Name = Annotated[str, typer.Argument(help="A registered model that mlflow/gates.yaml has gates for.")]
+
+
+@app.command()
+def promote(
+    name: Name,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge, change nothing; list every gate.")] = False,
+    challenger: Annotated[
+        bool, typer.Option("--challenger", help="Set the alias challenger: the best that is not the champion.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Consider this candidate only: digits of its digest.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the best model that passes its gates the champion."""
     from springhead import registry
 
     root = _root()
-    typer.echo(str(registry.promote(name, root=root, home=_home(root), dry_run=dry_run)))
+    result = registry.promote(name, root, _home(root), dry_run, challenger, model)
+    if as_json:
+        _print_json(result.as_json())
+        return
+    if dry_run and result.judgement is not None:
+        typer.echo(result.judgement.report(every=True))
+    typer.echo(str(result))
+
+
+@app.command()
+def rollback(
+    name: Name,
+    to: Annotated[
+        str | None, typer.Option("--to", help="The version; default is the champion before this one.")
+    ] = None,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the ledger.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Put the champion before this one back, after checking it."""
+    from springhead import registry
+
+    root = _root()
+    result = registry.rollback(name, root, _home(root), to, reason)
+    _print_json(result.as_json()) if as_json else typer.echo(str(result))
 
 
 @app.command()
@@ -352,7 +411,9 @@ def verify_repro(
 def diff(
     a: Annotated[
         str,
-        typer.Argument(help="REVISION:PATH (HEAD~1:data/rl/filter/BallCircle), a path, a digest (8+ digits) or a model."),
+        typer.Argument(
+            help="REVISION:PATH, such as HEAD~1:data/rl/filter/BallCircle, a path, digest or model."
+        ),
     ],
     b: Annotated[str, typer.Argument(help="What to compare with, in the same forms.")],
     as_json: AsJson = False,
@@ -386,6 +447,29 @@ def cost(
 
     answer = accounts.cost(_root(), ref)
     _print_json(answer) if as_json else typer.echo("\n".join(accounts.lines(answer)))
+
+
+@app.command()
+def export(
+    kind: Annotated[str, typer.Argument(metavar="FORMAT", help="openlineage, croissant, data-card or model-card.")],
+    ref: Annotated[
+        str | None,
+        typer.Argument(help="What it is about, as for lineage (default: all executions, data sets or champions)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A file, or a folder for several documents (default: print).")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url", help="openlineage: server for the events; croissant: where the data is published."
+        ),
+    ] = None,
+) -> None:
+    """Write OpenLineage events, Croissant descriptions, data cards or model cards."""
+    from springhead.export.documents import export as make
+
+    typer.echo(make(_root(), kind, ref, out, url))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,10 @@ from springhead.lineage.receipts import receipt_path
 
 EVIDENCE = ("provenance", "receipt", "data", "verdict", "evaluation")
 """What a promotion rests on, beside the model and the rules, each named by digest in its summary."""
+_ENTRY = (
+    "action", "model", "version", "digest", "data_digest", "verdict_digest", "evaluation_digest", "gates_digest",
+    "receipt", "provenance", "summary", "figures",
+)  # fmt: skip
 
 
 def provenance(root: Path, chosen: Candidate, execution: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -106,6 +110,9 @@ def problems(home: Path, keys: Keys, body: dict[str, Any]) -> list[str]:
         keys: the keys to trust.
         body: the body of the promotion's ledger entry.
     """
+    lacking = [key for key in _ENTRY if key not in body]
+    if lacking:
+        return [f"it lacks {', '.join(lacking)}: it was not written by a promotion"]
     found: list[str] = []
     opened: dict[str, Any] = {}
     for key, kind in (("provenance", signing.PROVENANCE), ("summary", signing.SUMMARY)):

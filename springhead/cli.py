@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from springhead.errors import SpringheadError
+from springhead.errors import BadInput, SpringheadError
 
 _INTERNAL_ERROR = 70
 _DEBUG = "SPRINGHEAD_DEBUG"
@@ -115,15 +115,26 @@ def lineage(
     ],
     as_json: AsJson = False,
     rows: Annotated[bool, typer.Option("--rows", help="List the ids of all rows behind it, one per line.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page with the graph.")
+    ] = None,
+    scan: Annotated[bool, typer.Option("--scan", help="Read every row table whole; use no index.")] = False,
 ) -> None:
     """Show everything behind a model, or what became of a row."""
     from springhead.lineage import query
 
+    if html is not None:
+        if rows or as_json:
+            raise BadInput("--html: goes with neither --json nor --rows; give one of them")
+        from springhead.lineage.page import write_page
+
+        typer.echo(f"page: {write_page(_root(), ref, html, scan)}")
+        return
     if rows:
         ids = query.rows_of(_root(), ref)
         _print_json(ids) if as_json else typer.echo("\n".join(ids))
         return
-    answer = query.lineage(_root(), ref)
+    answer = query.lineage(_root(), ref, scan)
     if as_json:
         _print_json(answer)
         return
@@ -411,9 +422,7 @@ def verify_repro(
 def diff(
     a: Annotated[
         str,
-        typer.Argument(
-            help="REVISION:PATH, such as HEAD~1:data/rl/filter/BallCircle, a path, digest or model."
-        ),
+        typer.Argument(help="REVISION:PATH, such as HEAD~1:data/rl/filter/BallCircle, a path, digest or model."),
     ],
     b: Annotated[str, typer.Argument(help="What to compare with, in the same forms.")],
     as_json: AsJson = False,
@@ -461,9 +470,7 @@ def export(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(
-            "--url", help="openlineage: server for the events; croissant: where the data is published."
-        ),
+        typer.Option("--url", help="openlineage: server for the events; croissant: where the data is published."),
     ] = None,
 ) -> None:
     """Write OpenLineage events, Croissant descriptions, data cards or model cards."""

@@ -126,8 +126,8 @@ def read_stages(root: Path, cache: Path | None = None) -> dict[str, Declared]:
 
 
 def _declared(name: str, facts: dict[str, list[str]], outputs: tuple[str, ...]) -> Declared:
-    kinds = ("dependencies", "parameters", "outputs")
-    return Declared(name, *(tuple(facts[kind]) for kind in kinds), outputs)
+    dependencies, parameters, made = (tuple(facts[kind]) for kind in ("dependencies", "parameters", "outputs"))
+    return Declared(name, dependencies, parameters, made, outputs)
 
 
 def _ask_dvc(root: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Symptom:
 
 def examine(root: Path) -> list[Symptom]:
     """Runs every check on a checkout; a check that finds nothing wrong says so."""
-    checks = (python, packages, shadowing, git, dvc, lock_file, rwlock, leftovers, ledger, spool, disk)
+    checks = (python, packages, shadowing, git, dvc, lock_file, rwlock, leftovers, ledger, keys, runs, spool, disk)
     return [symptom for check in checks for symptom in check(root)]
 
 
@@ -194,6 +194,61 @@ def ledger(root: Path) -> Iterator[Symptom]:
         yield Symptom("ledger", RED, problem, do)
     if not problems:
         yield Symptom("ledger", GOOD, f"{len(book.entries())} entries, chain whole")
+
+
+def keys(root: Path) -> Iterator[Symptom]:
+    """The signing key can be used, is trusted, and has signed the ledger's head."""
+    from springhead.keys import Keys
+    from springhead.lineage import head
+
+    home = state_folder(root)
+    book, mine = Ledger(home), Keys.of(root, home)
+    for problem in mine.problems():
+        fresh = "the first promotion makes one" in problem
+        do = "" if fresh else "see docs/guide/signing.md; `git log mlflow/trusted-keys` shows who may sign"
+        yield Symptom("keys", GOOD if fresh and not book.path.exists() else WARNING, problem, do)
+    try:
+        state = head.check_head(book, mine)
+    except BadInput:  # named above
+        return
+
+    def sign() -> None:
+        with book.locked():
+            head.sign_head(book, mine, accept=True)
+
+    if state.problem and book.path.exists():
+        missing = not book.path.with_name(head.FILE).is_file()
+        do = "restore ledger.jsonl and ledger.head.json from a backup"
+        if missing and not book.verify():
+            do += "; if you know why the head is missing, `springhead doctor --fix` signs the ledger as it is now"
+        yield Symptom("keys", RED, f"ledger: {state.problem}", do, sign if missing and not book.verify() else None)
+    elif state.unsigned:
+        what = f"the last {state.unsigned} entries of the ledger are not signed yet"
+        yield Symptom("keys", WARNING, what, "the next run signs them; `springhead doctor --fix` does so now", sign)
+    elif state.signed:
+        yield Symptom("keys", GOOD, f"the head of the ledger is signed ({state.signed} entries)")
+
+
+def runs(root: Path) -> Iterator[Symptom]:
+    """No run is marked as running in MLflow whose process is gone."""
+    from springhead import spool as recorder
+    from springhead import tracking
+
+    home = state_folder(root)
+    if not tracking.has_store(home):
+        return
+    try:
+        found = tracking.recorded(home)
+    except BadInput as error:
+        yield Symptom("runs", WARNING, str(error), "start MLflow, or unset MLFLOW_TRACKING_URI")
+        return
+    waiting = {path.name.partition(".")[0] for path in recorder.folder(home).glob("*.jsonl*")}
+    stale = [run for name, run in found.items() if run["status"] == "RUNNING" and name not in waiting]
+    for run in stale:
+        what = f"MLflow's run {run['run'][:12]} of {run['stage']} is RUNNING, but nothing records into it any more"
+        yield Symptom("runs", WARNING, what, f"`mlflow runs delete --run-id {run['run']}`, or set it to KILLED")
+    if not stale:
+        yield Symptom("runs", GOOD, f"{len(found)} executions in MLflow, none left behind")
 
 
 def spool(root: Path) -> Iterator[Symptom]:

@@ -191,15 +191,31 @@ class Judgement:
     results: list[tuple[Candidate, list[GateResult]]]
     chosen: Candidate | None
 
-    def report(self) -> str:
-        """Returns what was found, one line per closed gate and candidate."""
+    def as_json(self) -> list[dict[str, Any]]:
+        """Returns the outcome of every gate for every candidate as JSON values."""
+        return [
+            {
+                "label": candidate.label,
+                "path": candidate.path,
+                "digest": candidate.digest,
+                "chosen": self.chosen is not None and candidate.path == self.chosen.path,
+                "gates": [{"gate": gate.name, "passed": gate.passed, "reason": gate.reason} for gate in gates],
+            }
+            for candidate, gates in self.results
+        ]
+
+    def report(self, every: bool = False) -> str:
+        """Returns what was found: one line per candidate, and one per gate that is closed, or per gate."""
         lines = []
         for candidate, gates in self.results:
             closed = [gate for gate in gates if not gate.passed]
             state = f"{len(closed)} of {len(gates)} gates closed" if closed else "passes every gate"
             mark = "*" if self.chosen is not None and candidate.path == self.chosen.path else "-"
             lines.append(f"{mark} {candidate.label} ({candidate.digest[:12]}): {state}")
-            lines += [f"    {gate.name}: {gate.reason}" for gate in closed]
+            lines += [
+                f"    {'' if gate.passed else 'closed: ' if every else ''}{gate.name}: {gate.reason}"
+                for gate in (gates if every else closed)
+            ]
         return "\n".join(lines) or "no candidate: the evaluation lists no model that may be promoted"
 
 

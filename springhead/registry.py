@@ -82,6 +82,13 @@ class PromotionResult:
     def __str__(self) -> str:
         return f"{self.message} ({self.label}, {self.digest[:12]})"
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns the result as JSON values, every gate of every candidate with it."""
+        plain = {
+            key: getattr(self, key) for key in ("model", "version", "digest", "label", "changed", "message", "entry")
+        }
+        return plain | {"candidates": self.judgement.as_json() if self.judgement is not None else []}
+
 
 # -- promotion ------------------------------------------------------------------------------------
 

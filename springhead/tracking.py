@@ -197,15 +197,18 @@ def _ledger_facts(home: Path) -> dict[str, dict[str, Any]]:
 # -- one execution --------------------------------------------------------------------------------
 
 
+def has_store(home: Path) -> bool:
+    """Whether there is a store to ask; asking SQLite for one would take seconds to make it."""
+    store = uri(home)
+    return not store.startswith("sqlite:///") or Path(store.removeprefix("sqlite:///")).is_file()
+
+
 def recorded(home: Path) -> dict[str, dict[str, str]]:
     """Returns what MLflow has of every execution: ``run``, ``stage``, ``status`` and ``receipt`` by execution.
 
     Raises:
         BadInput: if MLflow cannot be reached.
     """
-    store = uri(home)
-    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).is_file():
-        return {}  # making an empty store takes seconds
     client = connect(home)
     places = [place.experiment_id for place in client.search_experiments()]
     found, token = {}, None

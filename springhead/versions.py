@@ -176,7 +176,7 @@ def everything(home: Path) -> list[Registered]:
     Raises:
         BadInput: if MLflow cannot be reached.
     """
-    if not _has_store(home):
+    if not tracking.has_store(home):
         return []
     client = tracking.connect(home)
     names = sorted(str(model.name) for model in client.search_registered_models(max_results=1000))
@@ -190,12 +190,6 @@ def _all_of(client: "MlflowClient", name: str) -> list["ModelVersion"]:
     return list(client.search_model_versions(f"name = '{quoted}'", max_results=10_000))
 
 
-def _has_store(home: Path) -> bool:
-    """Whether there is a store to ask; asking SQLite for one would take seconds to make it."""
-    store = tracking.uri(home)
-    return not store.startswith("sqlite:///") or Path(store.removeprefix("sqlite:///")).is_file()
-
-
 def resolve(home: Path, ref: str) -> Registered:
     """Finds a registered version.
 
@@ -207,7 +201,7 @@ def resolve(home: Path, ref: str) -> Registered:
     Raises:
         BadInput: if there is no such version, or MLflow cannot be reached.
     """
-    if not _has_store(home):
+    if not tracking.has_store(home):
         raise BadInput(f"{ref}: nothing is registered yet; run `springhead promote NAME`")
     client = tracking.connect(home)
     plain = ref.removeprefix("models:/")

@@ -43,7 +43,7 @@ def test_a_lock_line_that_is_no_lock_line_is_named(root: Path) -> None:
 
 
 def test_python_in_the_folder_mlflow_is_red(root: Path) -> None:
-    (root / "mlflow").mkdir()
+    (root / "mlflow").mkdir(exist_ok=True)
     assert symptoms(root, "mlflow/") == []
     (root / "mlflow/__init__.py").write_text("")
     assert symptoms(root, "mlflow/")[0].severity == RED

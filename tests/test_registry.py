@@ -373,7 +373,7 @@ def test_a_rollback_to_swapped_bytes_or_lost_statements_is_refused(checkout: Che
         registry.rollback(NAME, checkout.root, checkout.home)
     weights.write_bytes(whole)
     shutil.rmtree(checkout.home / "signatures" / first["digest"])
-    with pytest.raises(Finding, match="signed provenance .* is missing"):
+    with pytest.raises(Finding, match=r"signed provenance .* is missing"):
         registry.rollback(NAME, checkout.root, checkout.home)
     assert registry.champions(checkout.home)[0].version == "2"
 
@@ -400,7 +400,7 @@ def test_an_old_signed_model_with_another_verdict_is_found(checkout: Checkout) -
     promote(checkout)
     (old,) = promotions(checkout)
     keys = Keys.of(checkout.root, checkout.home)
-    forged = {k: v for k, v in old.items()} | {"verdict_digest": "a" * 64, "data_digest": "b" * 64}
+    forged = dict(old) | {"verdict_digest": "a" * 64, "data_digest": "b" * 64}
     Ledger(checkout.home).append("promotion", forged, keys)
     problems = {p.what for p in audit(checkout.root).problems if p.severity == "red"}
     assert any("states another inputAttestations than the ledger" in what for what in problems)

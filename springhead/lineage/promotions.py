@@ -14,7 +14,7 @@ def promotions(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def is_champion(body: dict[str, Any]) -> bool:
     """Tells whether a promotion or a rollback set the alias ``champion``."""
-    return bool(body["action"] != CHALLENGER)
+    return body.get("action") != CHALLENGER
 
 
 def standing(entries: Iterable[dict[str, Any]], alias: str = CHAMPION) -> dict[str, dict[str, Any]]:

@@ -107,7 +107,7 @@ def _versions(ws: Workspace, name: str, entries: list[dict[str, Any]], held: "li
             ws.report(WARNING, "registry", what, where, f"`springhead promote {name}`, or delete it in MLflow")
             continue
         stages = _stages(ws, body["digest"])
-        other = [tag for tag, key in _SAME.items() if version.tags.get(tag) != str(body[key])]
+        other = [tag for tag, key in _SAME.items() if version.tags.get(tag) != str(body.get(key))]
         if other:
             what = f"names another {', '.join(other)} than its promotion (ledger)"
             ws.report(RED, "registry", what, where, f"`springhead promote {name}`, after finding out who", stages)
@@ -137,6 +137,8 @@ def _runs(ws: Workspace, entries: list[dict[str, Any]]) -> None:
     """Compares every execution of the ledger with its run in MLflow, both ways."""
     from springhead import spool, tracking
 
+    if not tracking.has_store(ws.home):
+        return
     runs = tracking.recorded(ws.home)
     waiting = {path.name.partition(".")[0] for path in spool.waiting(ws.home)}
     executions = {str(e["body"]["execution"]): e for e in entries if e["kind"] == "execution"}

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from springhead.jsonio import write_json
+from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest, json_digest, tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import describe, receipt_path
@@ -117,7 +118,8 @@ class Sample:
             "seconds": 12.5,
             "flow_run": "",
         }
-        Ledger(self.root / ".springhead").append("execution", body)
+        home = self.root / ".springhead"
+        Ledger(home).append("execution", body, Keys.of(self.root, home))
 
     def _declare(self, name: str, deps: list[str], params: list[str], outs: list[str]) -> None:
         metrics = [out for out in outs if out.startswith("data/metrics/")]

@@ -5,8 +5,9 @@
 
 Makes a checkout as the stages would have left it (row tables with parents, filters with decisions, verdicts,
 receipts, a ledger, a registry), asks ``springhead.lineage.query`` and compares with what DuckDB alone needs to
-scan the same id column. Every row's answer is also compared with the one that reads all tables without an index.
-Times are of the question, from reading the receipts to the finished answer, without starting Python.
+scan the same id column. Some answers are also compared with those that read all tables without an index.
+Times are of the question, from reading the receipts to the finished answer, without starting Python. ``first`` is
+the first time a question is asked, ``warm`` the next times, ``cold`` after the kernel was asked to forget the files.
 """
 
 import argparse
@@ -160,8 +161,7 @@ class History:
         if "parents" in final and len(changed):
             sources = pa.ListArray.from_arrays(np.arange(len(left) + 1, dtype=np.int32), after["id"].combine_chunks())
             old = after["parents"].combine_chunks()
-            final["parents"] = pa.compute.if_else(is_new.combine_chunks() if hasattr(is_new, "combine_chunks") else
-                                                  is_new, sources, old)  # fmt: skip
+            final["parents"] = pa.compute.if_else(is_new, sources, old)
         self.table(f"{folder}/rows.parquet", final)
         gone = np.setdiff1d(np.arange(len(ids)), left)
         kept_now = np.setdiff1d(left, changed)
@@ -181,8 +181,8 @@ class History:
         verdict = {"suite": name, "data_digest": self.describe(data)["sha256"], "success": True, "severity": "none"}
         write_json(self.root / folder / "verdict.json", verdict | {
             "expectations": expectations, "quarantined": 5, "rows": rows, "suite_digest": "2" * 64})  # fmt: skip
-        self.table(f"{folder}/quarantine.parquet", {
-            "id": self.ids(5), "expectation": ["Expect3"] * 5, "severity": ["warning"] * 5, "detail": [""] * 5})  # fmt: skip
+        failed = {"expectation": ["Expect3"] * 5, "severity": ["warning"] * 5, "detail": [""] * 5}
+        self.table(f"{folder}/quarantine.parquet", {"id": self.ids(5), **failed})
         self.stage(name, folder, [data])
 
     def model(self, folder: str, *content: object) -> None:
@@ -415,25 +415,31 @@ def measure(history: History, home: Path, repeats: int) -> None:
     (start_index,) = seconds(lambda: query.lineage(root, first_row), 1)
     print(f"the first row question, which makes the index: {start_index:.2f} s")
     kept = sum(path.stat().st_size for path in (home / "index").iterdir())
-    print(f"the index: {kept / 1e6:.0f} MB\n")
-    print("| question | warm, min s | warm, median s | cold, s | all tables read, s | lines |")
-    print("|---|---|---|---|---|---|")
+    print(f"the index: {kept / 1e6:.0f} MB; load of the machine {os.getloadavg()[0]:.1f}\n")
+    print("| question | first, s | warm, min s | warm, median s | cold, s | all tables read, s | answer |")
+    print("|---|---|---|---|---|---|---|")
     slowest = 0.0
+    compared = [first_row, *(ref for name, ref in questions.items() if "with children" in name)]
     for name, ref in questions.items():
+        start = time.perf_counter()
         answer = query.lineage(root, ref)
+        first = time.perf_counter() - start
         took = seconds(lambda ref=ref: query.lineage(root, ref), repeats)
         evict(root)
         (cold,) = seconds(lambda ref=ref: query.lineage(root, ref), 1)
         scanned = "-"
-        if ref.startswith("row:"):
+        if ref in compared:
             start = time.perf_counter()
             same = query.lineage(root, ref, scan=True)
-            scanned = f"{time.perf_counter() - start:.2f}"
+            scanned = f"{time.perf_counter() - start:.1f}"
             assert same == answer, f"{ref}: the index gives another answer than the tables"
         size = len(answer["models"]) if answer["kind"] == "row" else len(answer["stages"])
-        what = "models" if answer["kind"] == "row" else "stages"
-        print(f"| {name} | {min(took):.2f} | {statistics.median(took):.2f} | {cold:.2f} | {scanned} | {size} {what} |")
-        slowest = max(slowest, statistics.median(took))
+        what = f"{size} {'models' if answer['kind'] == 'row' else 'stages'}"
+        median = statistics.median(took)
+        print(
+            f"| {name} | {first:.2f} | {min(took):.2f} | {median:.2f} | {cold:.2f} | {scanned} | {what} |", flush=True
+        )
+        slowest = max(slowest, median)
     row = first_row.removeprefix("row:")
     files = [str(p) for p in sorted(root.glob("data/**/*.parquet"))]
     connection = duckdb.connect()
@@ -443,11 +449,11 @@ def measure(history: History, home: Path, repeats: int) -> None:
         connection.execute(sql, [files, row]).fetchall()
 
     scans = seconds(scan, 3)
-    print(f"\npeer: DuckDB scans the id column of all {len(files)} tables: min {min(scans):.2f} s, "
-          f"median {statistics.median(scans):.2f} s; ratio to the slowest median {slowest / min(scans):.3f}")  # fmt: skip
-    print(f"the whole command in a new process: {fresh_process(root, first_row):.2f} s (row), "
-          f"{fresh_process(root, policy):.2f} s (model)")  # fmt: skip
-    print(f"slowest median: {slowest:.2f} s")
+    print(f"\npeer: DuckDB scans the id column of all {len(files)} tables: {min(scans):.2f} s at best")
+    print(f"the slowest median to that: {slowest / min(scans):.3f}")
+    commands = fresh_process(root, first_row), fresh_process(root, policy)
+    print(f"the whole command in a new process: {commands[0]:.2f} s (row), {commands[1]:.2f} s (model)")
+    print(f"slowest median: {slowest:.2f} s; load of the machine {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ drawing of ``dvc.yaml``.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from springhead.lineage.digests import files_digest
@@ -60,8 +60,9 @@ def item_of(stage: str) -> str:
 
 def _parents(path: str) -> Iterable[str]:
     """Yields a path and the folders above it, innermost first."""
-    yield path
-    yield from (str(parent) for parent in PurePosixPath(path).parents if str(parent) != ".")
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
 
 
 class Graph:
@@ -137,6 +138,17 @@ class Graph:
                 verified = not makers or self.digest(path) == facts["sha256"]
                 found.append(Link(name, path, facts["sha256"], makers, verified))
         return tuple(found)
+
+    @cached_property
+    def _links_by_reader(self) -> dict[str, list[Link]]:
+        found: dict[str, list[Link]] = {}
+        for link in self.links:
+            found.setdefault(link.stage, []).append(link)
+        return found
+
+    def links_of(self, stage: str) -> list[Link]:
+        """Returns the dependencies on data of one stage, by path."""
+        return self._links_by_reader.get(stage, [])
 
     @cached_property
     def _up(self) -> dict[str, set[str]]:

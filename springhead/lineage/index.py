@@ -4,6 +4,8 @@ Ids are digests, so no statistics of a Parquet file can tell where one is, and r
 million rows takes seconds. For each table this cache holds the first eight digits of each id with its row
 group: eight bytes, sorted. It only ever spares reading: what is found is read from the table itself.
 
+What is counted over a whole table is kept in the same way.
+
 An index is named by the SHA-256 of its table, so a table with other content has another index. Whether a
 file still has the content that was hashed is decided as git does for its own index: by size, time and
 inode, and by hashing again where one of them moved. The folder may be removed at any time.
@@ -14,7 +16,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,8 @@ class Index:
         self._paths = tuple(paths)
         self._tables: dict[str, pq.ParquetFile] = {}
         self._loaded: dict[str, dict[str, np.ndarray]] = {}
+        self._all_loaded = False
+        self._digests: dict[str, str] = {}
         self._recent: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
 
     def table(self, path: str) -> pq.ParquetFile:
@@ -128,8 +132,9 @@ class Index:
         """
         if self.scan:
             return list(range(self.table(path).num_row_groups))
-        if not self._loaded:
-            self._prepare()
+        if not self._all_loaded:
+            self._prepare(self._paths)
+            self._all_loaded = True
         keys = self._loaded[path][what]
         low = np.searchsorted(keys, _keys(wanted, 0))
         high = np.searchsorted(keys, _keys(wanted if last is None else last, 0xFFFF_FFFF), side="right")
@@ -164,14 +169,40 @@ class Index:
             brief = str(error).splitlines()[0]
             raise BadInput(f"{path}: damaged ({brief}); restore it with `dvc checkout`") from None
 
+    def counted(self, path: str, question: str, ask: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Returns the answer to a question about a whole table, kept for as long as the table is the same.
+
+        Args:
+            path: one of the tables.
+            question: what is asked, in words that name everything the answer depends on but the table.
+            ask: answers it from the table.
+        """
+        if self.scan:
+            return ask()
+        if path not in self._digests:
+            self._prepare([path])
+        name = f"{self._digests[path]}.counts"
+        try:
+            kept = json.loads((self.folder / name).read_bytes())
+            return list(kept[question])
+        except (KeyError, TypeError):
+            pass
+        except (OSError, ValueError):
+            kept = {}
+        kept = {**(kept if isinstance(kept, dict) else {}), question: ask()}
+        self._write(name, json.dumps(kept, sort_keys=True).encode())
+        return list(kept[question])
+
     # -- building and keeping -------------------------------------------------------------------
 
-    def _prepare(self) -> None:
+    def _prepare(self, paths: Iterable[str]) -> None:
         """Loads the index of each table, and builds those that are not there."""
         known = self._known()
         stats: dict[str, list[Any]] = {}
         missing = []
-        for path in self._paths:
+        for path in paths:
+            if path in self._loaded:
+                continue
             there = (self.root / path).stat()
             stats[path] = [there.st_size, there.st_mtime_ns, there.st_ino]
             entry = known.get(self._name(path))
@@ -207,6 +238,7 @@ class Index:
             return False
         ends = 2 + int(content[0])
         self._loaded[path] = {IDS: content[2:ends], MENTIONS: content[ends:]}
+        self._digests[path] = digest
         return True
 
     def _make(self, path: str) -> str:
@@ -224,6 +256,7 @@ class Index:
                     found[what].append(_keys(prefixes(strings), group))
         arrays = {w: np.unique(np.concatenate(k)) if k else np.zeros(0, np.uint64) for w, k in found.items()}
         self._loaded[path] = arrays
+        self._digests[path] = digest
         self.built += 1
         sizes = np.array([len(arrays[IDS]), len(arrays[MENTIONS])], np.uint64)
         self._write(f"{digest}.index", sizes, arrays[IDS], arrays[MENTIONS])
@@ -247,7 +280,7 @@ class Index:
         there = {name: entry for name, entry in sorted(entries.items()) if Path(name).exists()}
         self._write("files.json", json.dumps(there, indent=0).encode())
         used = {entry[3] for entry in there.values()} | made
-        for file in self.folder.glob("*.index"):
+        for file in [*self.folder.glob("*.index"), *self.folder.glob("*.counts")]:
             if file.name.partition(".")[0] not in used:
                 with contextlib.suppress(OSError):
                     file.unlink()

@@ -19,6 +19,7 @@ from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import receipt_path
 from springhead.lineage.rows import Rows
 
+Executions = dict[tuple[str, str], list[dict[str, Any]]]
 SHORTEST = 8  # digits of a digest that a user must give
 _HEX = re.compile(r"[0-9a-f]+")
 _REGISTERED = re.compile(r"(models:/)?[\w.-]+(@[\w.-]+|/\d+)")
@@ -37,18 +38,19 @@ class Subject:
     registry: dict[str, Any] | None = None
 
 
-def lineage(root: Path, ref: str, scan: bool = False) -> dict[str, Any]:
+def lineage(root: Path, ref: str, scan: bool = False, graph: Graph | None = None) -> dict[str, Any]:
     """Answers for any reference; see :func:`find` for the forms.
 
     Args:
         root: the repository root.
         ref: what is asked about.
         scan: read every row table whole instead of asking the index in the state folder where a row is.
+        graph: the artefact graph, read from ``root`` by default.
 
     Raises:
         BadInput: if the reference is unknown or ambiguous; the message says what to do.
     """
-    graph = Graph.read(root)
+    graph = graph or Graph.read(root)
     subject = find(root, graph, ref)
     if subject.kind == "row":
         return lineage_of_row(root, ref, graph, scan)
@@ -176,6 +178,7 @@ def _behind(root: Path, graph: Graph, subject: Subject) -> dict[str, Any]:
     # A verdict or an evaluation reads what it judges, so it hangs below, not behind.
     judges = _judges(graph, stages, subject)
     ledger = Ledger(state_folder(root)).entries()
+    ran = executions(ledger)
     rows = Rows(root, graph)
     training = [d for s in starts for d in graph.receipts[s]["datasets"] if d["role"] == "training"]
     method = _method(subject.model)
@@ -183,7 +186,8 @@ def _behind(root: Path, graph: Graph, subject: Subject) -> dict[str, Any]:
         "kind": subject.kind,
         "name": subject.name,
         "sha256": subject.sha256,
-        "stages": [_stage(root, graph, name, ledger) for name in stages],
+        "stages": [stage_facts(root, graph, name, ran) for name in stages],
+        "judges": [stage_facts(root, graph, name, ran) for name in judges if name not in stages],
         "datasets": [{"stage": s, **d} for s in stages for d in graph.receipts[s]["datasets"]],
         "filters": [rule for s in stages for rule in rows.rules(s)],
         "origins": [{"data": d["path"], **o} for d in training for o in _named(graph, rows.origins(d["path"], method))],
@@ -234,10 +238,11 @@ def _judges(graph: Graph, stages: list[str], subject: Subject) -> list[str]:
     return sorted(found, key=graph.order.index)
 
 
-def _stage(root: Path, graph: Graph, name: str, ledger: list[dict[str, Any]]) -> dict[str, Any]:
+def stage_facts(root: Path, graph: Graph, name: str, ran: Executions) -> dict[str, Any]:
+    """Returns what a receipt says about its stage, and which executions in the ledger wrote this receipt."""
     receipt = graph.receipts[name]
     digest = file_digest(receipt_path(root, name))
-    links = [link for link in graph.links if link.stage == name]
+    links = graph.links_of(name)
     return {
         "stage": name,
         "branch": branch_of(name),
@@ -249,18 +254,20 @@ def _stage(root: Path, graph: Graph, name: str, ledger: list[dict[str, Any]]) ->
         "lock": receipt["environment"]["lock"],
         "inputs": [{"path": k.path, "sha256": k.sha256, "from": list(k.makers), "verified": k.verified} for k in links],
         "outputs": {p: {k: v for k, v in f.items() if k != "files"} for p, f in receipt["outputs"].items()},
-        "executions": _executions(ledger, name, digest),
+        "executions": ran.get((name, digest), []),
     }
 
 
-def _executions(ledger: list[dict[str, Any]], stage: str, receipt: str) -> list[dict[str, Any]]:
-    """Returns the ledger's facts about the executions that wrote this very receipt."""
+def executions(ledger: list[dict[str, Any]]) -> Executions:
+    """Returns the ledger's facts about executions, by stage and digest of the receipt they wrote."""
     wanted = ("execution", "git", "host", "started", "seconds", "attempt", "flow_run", "python")
-    return [
-        {key: entry["body"][key] for key in wanted if key in entry["body"]} | {"entry": entry["seq"]}
-        for entry in ledger
-        if entry["kind"] == "execution" and entry["body"]["stage"] == stage and entry["body"]["receipt"] == receipt
-    ]
+    found: Executions = {}
+    for entry in ledger:
+        if entry["kind"] == "execution":
+            body = entry["body"]
+            facts = {key: body[key] for key in wanted if key in body} | {"entry": entry["seq"]}
+            found.setdefault((body["stage"], body["receipt"]), []).append(facts)
+    return found
 
 
 def _named(graph: Graph, origins: list[dict[str, Any]]) -> list[dict[str, Any]]:

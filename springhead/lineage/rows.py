@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ROWS, DECISIONS, QUARANTINE = "rows.parquet", "decisions.parquet", "quarantine.parquet"
 _KINDS = (ROWS, DECISIONS, QUARANTINE)
 _MOST = 10_000  # rows followed from one row; more means the question was about a data set
+_IN_ORDER = "GROUP BY rule ORDER BY min(file_row_number)"
 _CHANGED, _EQUAL = "changed by a filter", "dropped for an equal row"
 
 
@@ -114,12 +115,12 @@ class Rows:
 
     # -- one row --------------------------------------------------------------------------------
 
-    def _some(self, path: str, ids: pa.Array, columns: Sequence[str], what: str = IDS) -> pa.Table:
-        """Returns chosen columns of the row groups that may hold some of ``ids``."""
-        groups = self.index.groups(path, np.unique(prefixes(ids)), what)
-        table = self.index.table(path)
-        names = [name for name in columns if name in table.schema_arrow.names]
-        return self.index.read(path, groups, names)
+    def _some(self, path: str, keys: np.ndarray, columns: Sequence[str], what: str = IDS) -> pa.Table | None:
+        """Returns columns of the row groups that may hold ids with these prefixes, None for none of them."""
+        groups = self.index.groups(path, keys, what)
+        if not groups or not set(columns) <= set(self.columns(path)):
+            return None
+        return self.index.read(path, groups, columns)
 
     def find(self, prefix: str, ref: str = "") -> str:
         """Returns the one id that begins with ``prefix``; errors quote ``ref``, what the user typed.
@@ -132,6 +133,8 @@ class Rows:
         for kind in _KINDS:
             for path in self.tables[kind]:
                 groups = self.index.groups(path, first, last=last)
+                if not groups:
+                    continue
                 column = self.index.read(path, groups, ["id"])["id"]
                 ids |= set(column.filter(pc.starts_with(column, prefix)).to_pylist())
         if len(ids) == 1:
@@ -175,20 +178,20 @@ class Rows:
     def _edges(self, ids: Iterable[str], up: bool) -> list[tuple[str, str, str]]:
         """Returns (known id, other id, relation) for the rows one step above or below ``ids``."""
         known = _strings(ids)
+        keys = np.unique(prefixes(known))
         found: set[tuple[str, str, str]] = set()
         for path in self.tables[ROWS]:
-            if "parents" in self.columns(path):
-                some = self._some(path, known, ["id", "parents"], IDS if up else MENTIONS)
+            some = self._some(path, keys, ["id", "parents"], IDS if up else MENTIONS)
+            if some is not None:
                 parents = some["parents"].combine_chunks()
                 pairs = (pc.take(some["id"], pc.list_parent_indices(parents)), pc.list_flatten(parents))
                 found |= _matching(*(pairs if up else reversed(pairs)), known, "parent")
         for path in self.tables[DECISIONS]:
-            if "replaced_by" in self.columns(path):
-                some = self._some(path, known, ["id", "replaced_by", "kept"], MENTIONS if up else IDS)
-                for kept, how in ((True, _CHANGED), (False, _EQUAL)):
-                    part = some.filter(pc.equal(some["kept"], kept))
-                    pair = (part["replaced_by"], part["id"])
-                    found |= _matching(*(pair if up else reversed(pair)), known, how)
+            some = self._some(path, keys, ["id", "replaced_by", "kept"], MENTIONS if up else IDS)
+            for kept, how in ((True, _CHANGED), (False, _EQUAL)) if some is not None else ():
+                part = some.filter(pc.equal(some["kept"], kept))
+                pair = (part["replaced_by"], part["id"])
+                found |= _matching(*(pair if up else reversed(pair)), known, how)
         return sorted(edge for edge in found if edge[0] != edge[1])
 
     def relatives(self, row: str, up: bool) -> list[dict[str, Any]]:
@@ -242,12 +245,22 @@ class Rows:
         if rows is None or table is None:
             return [], 0
         wanted, known = self._conditions(table, data, method), _strings(ids)
-        some = self._some(table, known, ["id", *wanted])
+        some = self._some(table, np.unique(prefixes(known)), ["id", *wanted])
+        if some is None:
+            return [], 0
         mask = pc.is_in(some["id"], known)
         for name, value in wanted.items():
             mask = pc.and_(mask, pc.equal(some[name], value))
         found = sorted(set(some["id"].filter(mask).to_pylist()))
-        return found, int(self.ask(f"SELECT count(*) AS n FROM {rows}")[0]["n"]) if found else 0
+        if not found:
+            return [], 0
+        (count,) = self._counted(table, rows, "SELECT count(*) AS n FROM")
+        return found, int(count["n"])
+
+    def _counted(self, table: str, source: str, sql: str, rest: str = "") -> list[dict[str, Any]]:
+        """Returns what a query counts over a whole table; where the table lies is no part of the question."""
+        question = f"{sql} {source.replace(str(self.root / table), 'table')} {rest}"
+        return self.index.counted(table, question, lambda: self.ask(f"{sql} {source} {rest}"))
 
     def ids(self, data: str, method: str | None = None) -> list[str]:
         """Returns the ids of all rows of a data set, in the order of the file where it has one."""
@@ -264,7 +277,9 @@ class Rows:
             return []
         wanted = ("policy", "algorithm", "cost_limit", "generator", "method", "operator", "family", "split")
         keys = ", ".join(f'"{name}"' for name in wanted if name in self.columns(table))
-        return self.ask(f"SELECT {keys}, count(*) AS rows FROM {rows} GROUP BY ALL ORDER BY ALL") if keys else []
+        if not keys:
+            return []
+        return self._counted(table, rows, f"SELECT {keys}, count(*) AS rows FROM", "GROUP BY ALL ORDER BY ALL")
 
     def rules(self, stage: str) -> list[dict[str, Any]]:
         """Returns each rule a filter stage applied: how many rows it kept, dropped and replaced."""
@@ -278,8 +293,8 @@ class Rows:
             replaced = "count(replaced_by) FILTER (kept)" if "replaced_by" in columns else "0"
             numbered = f"read_parquet({_literal(str(self.root / path))}, file_row_number = true)"
             sql = f"SELECT rule, count(*) FILTER (kept) AS kept, count(*) FILTER (NOT kept) AS dropped, {replaced} "
-            sql += f"AS replaced{extra} FROM {numbered} GROUP BY rule ORDER BY min(file_row_number)"
-            found += [{"stage": stage, "table": path, **rule} for rule in self.ask(sql)]
+            rules = self._counted(path, numbered, f"{sql}AS replaced{extra} FROM", _IN_ORDER)
+            found += [{"stage": stage, "table": path, **rule} for rule in rules]
         return found
 
 

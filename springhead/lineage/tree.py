@@ -22,7 +22,7 @@ def short(digest: str | None) -> str:
     return (digest or "?")[:_SHORT]
 
 
-def _figures(values: Mapping[str, Any], skip: Iterable[str] = ()) -> str:
+def figures(values: Mapping[str, Any], skip: Iterable[str] = ()) -> str:
     """Returns ``key value`` pairs of plain values, rounded for reading."""
     parts = []
     for key, value in values.items():
@@ -53,7 +53,7 @@ def _model_tree(answer: Mapping[str, Any]) -> Tree:
         title = f"[bold green]{escape(registry['name'])}/{registry['version']}{aliases}[/]  {title}"
     tree = Tree(f"{title}  [dim]{short(answer['sha256']) if answer['sha256'] else answer['kind']}[/]")
     if answer.get("model"):
-        tree.add(f"{answer['model']['kind']} · {escape(_figures(answer['model']['facts']))}")
+        tree.add(f"{answer['model']['kind']} · {escape(figures(answer['model']['facts']))}")
     _promotion(tree, answer)
     _branch(tree, "data sets", [_dataset(d) for d in answer["datasets"]])
     _branch(tree, "filter rules", [_rule(rule) for rule in answer["filters"]])
@@ -104,7 +104,7 @@ def _number(value: Any) -> str:
 
 def _origin(origin: Mapping[str, Any]) -> str:
     where = f"  [dim]{escape(origin['model'])}[/]" if origin.get("model") else ""
-    return f"{origin['rows']:,} rows · {escape(_figures(origin, ('rows', 'data', 'model')))}{where}"
+    return f"{origin['rows']:,} rows · {escape(figures(origin, ('rows', 'data', 'model')))}{where}"
 
 
 def _verdict(verdict: Mapping[str, Any]) -> str:
@@ -119,15 +119,15 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
 
 def _evaluated(evaluation: Mapping[str, Any]) -> list[str]:
     """Returns one line per cost limit, or one for all figures, or where to look."""
-    figures = evaluation["figures"]
-    lines = [f"cost limit {escape(k)}: {escape(_figures(v))}" for k, v in figures.get("limits", {}).items()]
-    if figures.get("metrics"):
-        lines.append(escape(_figures(figures["metrics"])))
+    found = evaluation["figures"]
+    lines = [f"cost limit {escape(k)}: {escape(figures(v))}" for k, v in found.get("limits", {}).items()]
+    if found.get("metrics"):
+        lines.append(escape(figures(found["metrics"])))
     return lines or [f"[dim]{escape(', '.join(evaluation['outputs']))}[/]"]
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    return f"{escape(model['path'])}  [dim]{short(model['sha256'])} · {escape(_figures(model['facts']))}[/]"
+    return f"{escape(model['path'])}  [dim]{short(model['sha256'])} · {escape(figures(model['facts']))}[/]"
 
 
 def _stage(tree: Tree, stage: Mapping[str, Any]) -> None:
@@ -150,21 +150,28 @@ def _stage(tree: Tree, stage: Mapping[str, Any]) -> None:
 def _parameters(tree: Tree, name: str, value: Any) -> None:
     """Adds a parameter; a block of them gets one line for its plain values and a branch for each block in it."""
     if not isinstance(value, Mapping):
-        tree.add(f"[dim]{escape(name)}:[/] {escape(_plain(value))}")
+        tree.add(f"[dim]{escape(name)}:[/] {escape(plain_text(value))}")
         return
     inner = {key: entry for key, entry in value.items() if isinstance(entry, Mapping) and entry}
-    line = " · ".join(f"{key} {_plain(entry)}" for key, entry in sorted(value.items()) if key not in inner)
+    line = " · ".join(f"{key} {plain_text(entry)}" for key, entry in sorted(value.items()) if key not in inner)
     node = tree.add(f"[dim]{escape(name)}:[/] {escape(line)}".rstrip())
     for key, entry in sorted(inner.items()):
         _parameters(node, key, entry)
 
 
-def _plain(value: Any) -> str:
+def flat(name: str, value: Any) -> list[tuple[str, str]]:
+    """Returns a parameter as lines of a dotted name and a text: one for each plain value in nested blocks."""
+    if not isinstance(value, Mapping) or not value:
+        return [(name, plain_text(value))]
+    return [line for key, entry in sorted(value.items()) for line in flat(f"{name}.{key}", entry)]
+
+
+def plain_text(value: Any) -> str:
     """Returns a parameter as people write it."""
     if isinstance(value, list):
-        return f"[{', '.join(_plain(entry) for entry in value)}]"
+        return f"[{', '.join(plain_text(entry) for entry in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} {_plain(entry)}" for key, entry in sorted(value.items())) + "}"
+        return "{" + ", ".join(f"{key} {plain_text(entry)}" for key, entry in sorted(value.items())) + "}"
     return "none" if value is None else _number(value)
 
 
@@ -172,7 +179,7 @@ def _row_tree(answer: Mapping[str, Any]) -> Tree:
     tree = Tree(f"[bold cyan]row {answer['name']}[/]")
     for place in answer["places"]:
         node = tree.add(f"in {escape(place['table'])}  [dim]{escape(place['stage'])}[/]")
-        node.add(escape(_figures(place["row"], ("id", "parents"))))
+        node.add(escape(figures(place["row"], ("id", "parents"))))
     _branch(tree, "made by", [_model(m) for m in answer["made_by"]])
     _branch(tree, "filters", [_decision(d) for d in answer["decisions"]])
     found = [f"[red]{escape(q['row']['expectation'])}[/] {escape(str(q['row'].get('detail', '')))}"
@@ -196,7 +203,7 @@ def _decision(decision: Mapping[str, Any]) -> str:
         # A changed row goes on under another id; a duplicate goes because an equal row stays.
         state = "[yellow]changed[/]" if row["kept"] else "[red]dropped[/]"
         state += f" {'into' if row['kept'] else 'for the equal row'} {short(row['replaced_by'])}"
-    facts = _figures({key: row.get(key) for key in ("value", "threshold")})
+    facts = figures({key: row.get(key) for key in ("value", "threshold")})
     return f"{state} by {escape(row['rule'])}: {escape(facts)}  [dim]{escape(decision['stage'])}[/]"
 
 

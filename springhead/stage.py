@@ -22,12 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from springhead import environment
+from springhead import environment, hermetic
 from springhead.declared import Declared, read_stage, stage_name, stray_files
+from springhead.energy import Meter
 from springhead.errors import BadInput, Finding, SpringheadError
 from springhead.home import home as state_folder
 from springhead.home import repository
 from springhead.jsonio import write_json, write_json_atomic
+from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest, json_digest, tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import describe
@@ -187,13 +189,15 @@ class _Execution(Generic[P]):
         self.body = body
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         module = spec.name if body.__module__ == "__main__" and spec is not None else body.__module__
-        self.declared: Declared = read_stage(self.root, os.environ.get("DVC_STAGE") or stage_name(module, items))
+        self.home = state_folder(self.root)
+        name = os.environ.get("DVC_STAGE") or stage_name(module, items)
+        self.declared: Declared = read_stage(self.root, name, self.home / "declared")
         self.kind = params
         self.items = items
         self.module = module
-        self.home = state_folder(self.root)
         self.id = uuid.uuid4().hex
         self.started = time.time()
+        self.meter = Meter()
 
     # -- what went in ---------------------------------------------------------------------------
 
@@ -253,7 +257,8 @@ class _Execution(Generic[P]):
         )
         spool.event("start", **self._start_event(declared, attempt, inputs))
         try:
-            self.body(stage)
+            with hermetic.sealed(self.root, self.home, self.declared, out, scratch):
+                self.body(stage)
             self._check_inputs(before, declared)
             receipt = self._receipt(stage, declared, before, packages)
             self._put_in_place(stage, target, receipt)
@@ -382,7 +387,7 @@ class _Execution(Generic[P]):
             stage.spool.event("end", status=status, seconds=time.time() - self.started, time=time.time())
             stage.spool.close()
             body = {"stage": self.declared.name, "inputs": inputs, "attempt": attempt, "error": message[:2000]}
-            Ledger(self.home).append("failure", {**body, **self._volatile()})
+            Ledger(self.home).append("failure", {**body, **self._volatile()}, Keys.of(self.root, self.home))
         except OSError as second:  # a full disk must not hide the first error
             print(f"warning: the failure could not be recorded: {second}", file=sys.stderr)
 
@@ -406,9 +411,10 @@ class _Execution(Generic[P]):
         if receipt["metrics"]:
             spool.event("metrics", values=receipt["metrics"], time=time.time())
         seconds = time.time() - self.started
+        # The ledger comes first: a run that MLflow knows as finished always has its entry.
+        Ledger(self.home).append("execution", {**body, **self._volatile()}, Keys.of(self.root, self.home))
         spool.event("end", status="FINISHED", seconds=seconds, time=time.time())
         spool.close()
-        Ledger(self.home).append("execution", {**body, **self._volatile()})
         made = receipt["outputs"][self.declared.output]
         print(
             f"{self.declared.name}: {len(made['files'])} files, {made['bytes'] / 1e6:.1f} MB "
@@ -421,7 +427,8 @@ class _Execution(Generic[P]):
             tracking.replay(self.home)
 
     def _volatile(self) -> dict[str, Any]:
-        """Returns time, place and git state: facts for the ledger, never for an output."""
+        """Returns time, place, energy and git state: facts for the ledger, never for an output."""
+        joules = self.meter.stop()
         return {
             "execution": self.id,
             "git": _git_state(self.root),
@@ -430,6 +437,7 @@ class _Execution(Generic[P]):
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 3),
             "cpu_seconds": round(sum(os.times()[:4]), 3),
+            **({"energy": joules} if joules else {}),
             "flow_run": os.environ.get("SPRINGHEAD_FLOW_RUN", ""),
         }
 
@@ -442,7 +450,7 @@ def _git_state(root: Path) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # Outputs, dvc.lock and the parameter overlay of a run are expected to differ.
-    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock")
+    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!mlflow/trusted-keys")
     return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changes)}
 
 

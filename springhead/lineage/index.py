@@ -190,7 +190,7 @@ class Index:
         except (OSError, ValueError):
             kept = {}
         kept = {**(kept if isinstance(kept, dict) else {}), question: ask()}
-        self._write(name, json.dumps(kept, sort_keys=True).encode())
+        self._write(name, json.dumps(kept).encode())
         return list(kept[question])
 
     # -- building and keeping -------------------------------------------------------------------

@@ -325,7 +325,7 @@ def data_card(facts: Facts, stage: str) -> str:
         "configs": [{"config_name": "default", "data_files": files}] if files else None,
     }
     behind = facts.graph.upstream(stage)
-    lines = [*_head(head), f"# {name}", ""]
+    lines = [*_head(head), f"# {_cell(name)}", ""]
     lines += [
         f"Made by the stage `{stage}` of Springhead {springhead.__version__}. This card is made from its receipts.",
         "",
@@ -387,8 +387,8 @@ def model_card(facts: Facts, model: Model) -> str:
         "tags": ["springhead", *(["offline-rl", "safe-rl"] if not language else [])],
         "model-index": _index(name, model, evaluations),
     }
-    lines = [*_head(head), f"# {name}", ""]
-    fields = ", ".join(f"{key} {value}" for key, value in sorted(model.facts.items()))
+    lines = [*_head(head), f"# {_cell(name)}", ""]
+    fields = ", ".join(f"{key} {_cell(value)}" for key, value in sorted(model.facts.items()))
     lines += [f"A {model.kind.replace('-', ' ')}: {fields}. Made by the stage `{model.stage}` of Springhead "
               f"{springhead.__version__}. This card is made from receipts, evaluation and ledger.", ""]  # fmt: skip
     lines += _table(("", ""), [["path", _code(model.path)], ["sha256 of the folder", _code(model.sha256)],

@@ -146,11 +146,12 @@ def _rows_of(root: Path, name: str, ref: str, state: State, subject: query.Subje
                 conditions["file"] = file  # one table may cover several files
             stage = state.graph.maker(folder) or ""
             return Side(name, ref, state, path, stage, f"{folder}/{ROWS}", conditions)
-    missing = "" if not isinstance(state, Commit) or state.graph.receipts else "; its receipts are not in DVC's cache: "
-    raise BadInput(
-        f"{ref}: {path} has no row table ({ROWS}){missing}"
-        + (f"run `dvc fetch --all-commits {path} data/receipts`" if missing else "; only data sets can be compared")
-    )
+    if isinstance(state, Commit) and not state.graph.makers(path):
+        raise BadInput(
+            f"{ref}: the receipt of the stage that made {path} is not in DVC's cache; run `dvc fetch --all-commits`, "
+            f"or `git checkout {state.commit[:12]}` and `dvc pull`"
+        )
+    raise BadInput(f"{ref}: {path} has no row table ({ROWS}); only data sets can be compared")
 
 
 def _training_data(model: Model, state: State, ref: str) -> Mapping[str, Any]:
@@ -186,7 +187,7 @@ def diff(root: Path, a: str, b: str) -> dict[str, Any]:
         connection.execute(f"SET temp_directory = {_literal(spill)}")
         try:
             return _Comparison(connection, first, second).answer()
-        except duckdb.IOException as error:
+        except (duckdb.IOException, duckdb.InvalidInputException) as error:
             brief = str(error).splitlines()[0]
             raise BadInput(f"a row table cannot be read ({brief}); restore it with `dvc checkout`") from None
         except duckdb.OutOfMemoryException as error:

@@ -24,9 +24,9 @@ KINDS = {
     "stage": "other stage",
     "row": "row",
 }
-_COLUMN, _LINE = 245, 96  # pixels between nodes
+_COLUMN, _LINE = 245, 84  # pixels between nodes
 _TALL = 16  # nodes above each other before a column is made wider
-_BRIEF = 40  # characters of a node's second line
+_BRIEF = 24  # characters of a node's second line
 _RELATIVES = 60  # rows drawn on each side of a row
 
 
@@ -444,6 +444,7 @@ def _place(drawing: Drawing) -> None:
     place: dict[int, float] = {}
     x = 0
     for _, column in sorted(columns.items()):
+
         def mean(number: int) -> tuple[float, str, int]:
             known = [place[maker] for maker in before[number] if maker in place]
             return (sum(known) / len(known) if known else 0.0, drawing.nodes[number]["title"], number)

@@ -8,7 +8,8 @@ What is counted over a whole table is kept in the same way.
 
 An index is named by the SHA-256 of its table, so a table with other content has another index. Whether a
 file still has the content that was hashed is decided as git does for its own index: by size, time and
-inode, and by hashing again where one of them moved. The folder may be removed at any time.
+inode, and by hashing again where one of them moved. An index that is not as it was written is made again,
+and the folder may be removed at any time.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from springhead.errors import BadInput
-from springhead.lineage.digests import file_digest
+from springhead.lineage.digests import file_digest, json_digest
 
 DIGITS = 8  # of an id that the index holds; a question gives at least as many
 IDS, MENTIONS = "ids", "mentions"
@@ -86,6 +87,12 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return array.flatten() if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) else array
 
 
+def _stat(path: Path) -> list[int]:
+    """Returns size and time of a file."""
+    there = path.stat()
+    return [there.st_size, there.st_mtime_ns]
+
+
 class Index:
     """The row groups in which ids are, for the tables of one checkout.
 
@@ -106,6 +113,7 @@ class Index:
         self._loaded: dict[str, dict[str, np.ndarray]] = {}
         self._all_loaded = False
         self._digests: dict[str, str] = {}
+        self._written: dict[str, list[int]] = {}
         self._recent: OrderedDict[tuple[str, int, str], pa.ChunkedArray] = OrderedDict()
 
     def table(self, path: str) -> pq.ParquetFile:
@@ -182,15 +190,16 @@ class Index:
         if path not in self._digests:
             self._prepare([path])
         name = f"{self._digests[path]}.counts"
+        kept: dict[str, Any] = {}
         try:
-            kept = json.loads((self.folder / name).read_bytes())
-            return list(kept[question])
-        except (KeyError, TypeError):
-            pass
-        except (OSError, ValueError):
-            kept = {}
-        kept = {**(kept if isinstance(kept, dict) else {}), question: ask()}
-        self._write(name, json.dumps(kept).encode())
+            found = json.loads((self.folder / name).read_bytes())
+            if json_digest(found["answers"]) == found["sha256"]:
+                kept = found["answers"]
+        except (OSError, ValueError, LookupError, TypeError):
+            pass  # none yet, or damaged
+        if question not in kept:
+            kept[question] = ask()
+            self._write(name, json.dumps({"sha256": json_digest(kept), "answers": kept}).encode())
         return list(kept[question])
 
     # -- building and keeping -------------------------------------------------------------------
@@ -198,6 +207,8 @@ class Index:
     def _prepare(self, paths: Iterable[str]) -> None:
         """Loads the index of each table, and builds those that are not there."""
         known = self._known()
+        self._written = known["indexes"] | self._written
+        tables = known["tables"]
         stats: dict[str, list[Any]] = {}
         missing = []
         for path in paths:
@@ -205,7 +216,7 @@ class Index:
                 continue
             there = (self.root / path).stat()
             stats[path] = [there.st_size, there.st_mtime_ns, there.st_ino]
-            entry = known.get(self._name(path))
+            entry = tables.get(self._name(path))
             if entry is None or entry[:3] != stats[path] or not self._load(path, entry[3]):
                 missing.append(path)
         if not missing:
@@ -215,23 +226,27 @@ class Index:
         # A file that was just written may be written again within one tick of its clock.
         settled = time.time_ns() - _SETTLED
         fresh = {self._name(p): [*stats[p], d] for p, d in digests.items() if stats[p][1] < settled}
-        self._keep(known | fresh, set(digests.values()))
+        self._keep(tables | fresh, set(digests.values()))
 
     def _name(self, path: str) -> str:
         return str(self.root / path)
 
-    def _known(self) -> dict[str, list[Any]]:
-        """Returns size, time, inode and digest of each table as last hashed."""
+    def _known(self) -> dict[str, dict[str, list[Any]]]:
+        """Returns size, time, inode and digest of each table as last hashed, and size and time of each index."""
         try:
             found = json.loads((self.folder / "files.json").read_bytes())
-            return {name: entry for name, entry in found.items() if len(entry) == 4}
-        except (OSError, ValueError, AttributeError, TypeError):
-            return {}  # a cache that cannot be read is a cache that is not there
+            tables = {name: entry for name, entry in found["tables"].items() if len(entry) == 4}
+            return {"tables": tables, "indexes": {digest: list(entry) for digest, entry in found["indexes"].items()}}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            return {"tables": {}, "indexes": {}}  # a cache that cannot be read is a cache that is not there
 
     def _load(self, path: str, digest: str) -> bool:
-        """Maps the index of a table into memory; returns whether there is a whole one."""
+        """Maps the index of a table into memory; returns whether there is one that is as it was written."""
+        file = self.folder / f"{digest}.index"
         try:
-            content = np.memmap(self.folder / f"{digest}.index", np.uint64, "r")
+            if _stat(file) != self._written.get(digest):
+                return False
+            content = np.memmap(file, np.uint64, "r")
         except (OSError, ValueError):
             return False
         if len(content) < 2 or len(content) != 2 + int(content[0]) + int(content[1]):
@@ -259,11 +274,12 @@ class Index:
         self._digests[path] = digest
         self.built += 1
         sizes = np.array([len(arrays[IDS]), len(arrays[MENTIONS])], np.uint64)
-        self._write(f"{digest}.index", sizes, arrays[IDS], arrays[MENTIONS])
+        if self._write(f"{digest}.index", sizes, arrays[IDS], arrays[MENTIONS]):
+            self._written[digest] = _stat(self.folder / f"{digest}.index")
         return digest
 
-    def _write(self, name: str, *content: bytes | np.ndarray) -> None:
-        """Writes a file of the cache whole or not at all; without a writable folder there is no cache."""
+    def _write(self, name: str, *content: bytes | np.ndarray) -> bool:
+        """Writes a file of the cache whole or not at all; where nothing can be written there is no cache."""
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -274,12 +290,15 @@ class Index:
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            return False
+        return True
 
     def _keep(self, entries: dict[str, list[Any]], made: set[str]) -> None:
         """Writes the list of known tables and removes the indexes of tables that are gone."""
         there = {name: entry for name, entry in sorted(entries.items()) if Path(name).exists()}
-        self._write("files.json", json.dumps(there, indent=0).encode())
         used = {entry[3] for entry in there.values()} | made
+        indexes = {digest: entry for digest, entry in sorted(self._written.items()) if digest in used}
+        self._write("files.json", json.dumps({"tables": there, "indexes": indexes}, indent=0).encode())
         for file in [*self.folder.glob("*.index"), *self.folder.glob("*.counts")]:
             if file.name.partition(".")[0] not in used:
                 with contextlib.suppress(OSError):

@@ -167,7 +167,8 @@ class Rows:
         key = np.unique(prefixes(_strings([row])))
         for path, stage in self.tables[kind].items():
             for group in self.index.groups(path, key):
-                at = pc.indices_nonzero(pc.equal(self.index.read(path, [group], ["id"])["id"], row))
+                # Not pyarrow's indices_nonzero: it crashes on the column of an empty row group.
+                at = np.flatnonzero(pc.equal(self.index.read(path, [group], ["id"])["id"], row).to_numpy())
                 if len(at):  # a group may hold another row with the same eight digits
                     whole = self.index.read(path, [group], self.columns(path)).take(at)
                     found += [{"stage": stage, "table": path, "row": plain(entry)} for entry in whole.to_pylist()]

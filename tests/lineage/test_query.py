@@ -1,6 +1,11 @@
 import io
+import json
+import os
+import shutil
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -11,7 +16,19 @@ from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.rows import Rows
 from springhead.lineage.tree import render
-from tests.lineage.sample import DROPPED, EPISODES, REPAIRED, REPLACED, REVISION, TASK, episode, problem, text_row
+from springhead.tables import write_table
+from tests.lineage.sample import (
+    DECISIONS,
+    DROPPED,
+    EPISODES,
+    REPAIRED,
+    REPLACED,
+    REVISION,
+    TASK,
+    episode,
+    problem,
+    text_row,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -101,6 +118,21 @@ def test_the_printed_tree_names_what_matters(root: Path) -> None:
         assert part in text
 
 
+def test_nested_parameters_are_printed_in_full(root: Path) -> None:
+    path = root / f"data/receipts/rl-train@{TASK}-cdt-0.json"
+    receipt = json.loads(path.read_text())
+    receipt["params"]["rl.train"] = {
+        "steps": 50,
+        "device": None,
+        "cdt": {"layers": 2, "hidden": [64, 0.5], "[bold]": {"min": 0}, "empty": {}},
+    }
+    path.write_text(json.dumps(receipt))
+    text = printed(query.lineage(root, MODEL))
+    assert "rl.train: device none · steps 50" in text
+    assert "cdt: empty {} · hidden [64, 0.5] · layers 2" in text
+    assert "[bold]: min 0" in text
+
+
 # -- from a row to its models ---------------------------------------------------------------------
 
 
@@ -150,6 +182,108 @@ def test_a_model_on_data_that_was_made_again_is_marked(root: Path) -> None:
     assert stale[f"data/rl/train/{TASK}/cdt/1/model"] is True
 
 
+def test_a_duplicate_is_dropped_for_its_equal_row(root: Path) -> None:
+    path = root / "data/llm/filter/decisions.parquet"
+    table = pq.read_table(path).to_pydict()
+    gone = table["kept"].index(False)
+    table["replaced_by"][gone] = text_row(2, "mend", 0)
+    write_table(path, table, DECISIONS)
+    answer = query.lineage_of_row(root, table["id"][gone])
+    assert [(c["id"], c["relation"]) for c in answer["children"]] == [
+        (text_row(2, "mend", 0), "dropped for an equal row")
+    ]
+    assert {(m["path"], m["direct"]) for m in answer["models"]} == {(TEXT, False)}
+    assert "dropped for the equal row" in printed(answer)
+    (rule,) = query.lineage(root, TEXT)["filters"]
+    assert (rule["kept"], rule["dropped"], rule["replaced"]) == (8, 1, 0)
+
+
+def test_the_stages_that_judge_are_told_with_commit_and_parameters(root: Path) -> None:
+    judges = {judge["stage"]: judge for judge in query.lineage(root, MODEL)["judges"]}
+    assert list(judges) == [f"rl-evaluate@{TASK}"]
+    judge = judges[f"rl-evaluate@{TASK}"]
+    assert judge["params"]["rl.evaluate"] == {"episodes": 20}
+    assert judge["executions"][0]["git"]["revision"] == REVISION
+
+
+# -- the index of rows ----------------------------------------------------------------------------
+
+REFERENCES = [episode(0), episode(REPLACED), REPAIRED, episode(DROPPED[0]), problem(0), text_row(0, "mend", 1)]
+
+
+def aged(root: Path) -> None:
+    """Makes the tables older than the index takes for settled."""
+    for path in root.rglob("*.parquet"):
+        os.utime(path, ns=(0, time.time_ns() - 3_600_000_000_000))
+
+
+@pytest.mark.parametrize("row", REFERENCES)
+def test_the_index_gives_the_answer_of_the_tables(root: Path, row: str) -> None:
+    aged(root)
+    read = query.lineage(root, row, scan=True)
+    assert not (root / ".springhead/index").exists()
+    assert query.lineage(root, row) == read  # builds the index
+    assert query.lineage(root, row) == read  # uses it
+
+
+def test_an_index_is_made_once_and_again_where_a_table_changes(root: Path) -> None:
+    aged(root)
+    kept = root / f"data/rl/filter/{TASK}/rows.parquet"
+
+    def built() -> int:
+        rows = Rows(root, Graph.read(root))
+        rows.places(episode(0))
+        return rows.index.built
+
+    assert built() > 5
+    assert built() == 0
+    shutil.copytree(root / "data", root / "elsewhere")  # equal content elsewhere has the same index
+    shutil.rmtree(root / "data")
+    (root / "elsewhere").rename(root / "data")
+    assert built() == 0
+    table = pq.read_table(kept)
+    pq.write_table(table.slice(1), kept)
+    assert built() == 1
+    assert query.lineage_of_row(root, episode(0))["models"] == []
+    assert query.lineage(root, MODEL)["origins"] == query.lineage(root, MODEL, scan=True)["origins"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("content", [b"", b"\0" * 16, b"junk", b"\xff" * 800])
+def test_a_damaged_index_is_made_again(root: Path, content: bytes) -> None:
+    aged(root)
+    before = query.lineage(root, episode(0))
+    counts = query.lineage(root, MODEL)
+    for path in (root / ".springhead/index").iterdir():
+        path.write_bytes(content)
+    assert query.lineage(root, episode(0)) == before
+    assert query.lineage(root, MODEL) == counts
+
+
+@pytest.mark.fault
+def test_questions_are_answered_where_no_index_can_be_kept(root: Path) -> None:
+    aged(root)
+    (root / ".springhead/index").write_text("a file where the folder should be")
+    assert len(query.lineage(root, episode(0))["models"]) == 4
+    assert query.lineage(root, MODEL)["filters"]
+
+
+def test_the_index_of_a_table_that_is_gone_is_removed(root: Path) -> None:
+    aged(root)
+    query.lineage(root, episode(0))
+    index = root / ".springhead/index"
+    before = {path.name for path in index.iterdir()}
+    shutil.rmtree(root / "data/llm")
+    table = root / f"data/rl/filter/{TASK}/rows.parquet"
+    pq.write_table(pq.read_table(table).slice(1), table)
+    aged(root)
+    query.lineage(root, episode(1))
+    after = {path.name for path in index.iterdir()}
+    assert len([name for name in after if name.endswith(".index")]) < len(
+        [name for name in before if name.endswith(".index")]
+    )
+
+
 # -- references that mean nothing -----------------------------------------------------------------
 
 
@@ -158,6 +292,14 @@ def test_a_model_on_data_that_was_made_again_is_marked(root: Path) -> None:
     [
         ("row:ffffffffffff", "no row has this digest"),
         ("ffffffffffff", "no model, output or row has this digest"),
+        ("policy-BallCircle/7", "nothing is registered yet"),
+        ("models:/policy-BallCircle@champion", "nothing is registered yet"),
+        ("../../etc/passwd", "not known here"),
+        ("--rows", "not known here"),
+        ("é" * 300, "not known here"),
+        ("", "not known here"),
+        ("row:", "expected 8 to 64 hexadecimal digits"),
+        ("row:" + "a" * 65, "expected 8 to 64 hexadecimal digits"),
         ("row:abc", "expected 8 to 64 hexadecimal digits"),
         ("row:not-hexadecimal", "expected 8 to 64 hexadecimal digits"),
         ("nothing here", "not known here"),
@@ -189,6 +331,14 @@ def test_tables_that_are_not_in_the_workspace_are_named(root: Path) -> None:
 def test_a_damaged_table_is_named(root: Path) -> None:
     (root / f"data/rl/collect/{TASK}/rows.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(BadInput, match=f"data/rl/collect/{TASK}/rows.parquet"):
+        query.lineage(root, f"row:{episode(0)}")
+
+
+@pytest.mark.fault
+def test_a_table_without_ids_is_named(root: Path) -> None:
+    path = root / f"data/rl/collect/{TASK}/rows.parquet"
+    pq.write_table(pq.read_table(path).drop(["id"]), path)
+    with pytest.raises(BadInput, match="is no table of rows"):
         query.lineage(root, f"row:{episode(0)}")
 
 

@@ -26,7 +26,7 @@
     const face = 'system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif';
     return {
       id: node.id, x: node.x, y: node.y,
-      label: (marks[node.state] || "") + cut(node.title, 40) + (node.note ? "\n" + cut(node.note, 24) : ""),
+      label: (marks[node.state] || "") + cut(node.title, 38) + (node.note ? "\n" + cut(node.note, 26) : ""),
       color: {background: soft, border, highlight: {background: soft, border: colour("--ink")},
         hover: {background: soft, border: colour("--ink")}},
       borderWidth: node.id === content.start ? 3 : 1.5, borderWidthSelected: 3.5,

@@ -479,6 +479,19 @@ def export(
     typer.echo(make(_root(), kind, ref, out, url))
 
 
+@app.command("merge-lock")
+def merge_lock(
+    base: Annotated[Path, typer.Argument(help="The common ancestor; git's %O.")],
+    ours: Annotated[Path, typer.Argument(help="This branch's version, which takes the result; git's %A.")],
+    theirs: Annotated[Path, typer.Argument(help="The other branch's version; git's %B.")],
+) -> None:
+    """Merge dvc.lock stage by stage: a merge driver for git."""
+    from springhead.lineage.mergelock import merge
+
+    for stage in merge(base, ours, theirs):
+        typer.echo(f"{stage}: both branches ran it; `dvc repro` decides", err=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:

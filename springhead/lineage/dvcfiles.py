@@ -51,7 +51,25 @@ def read_lock(root: Path) -> dict[str, dict[str, Any]]:
         raise BadInput(f"{path}: not valid YAML ({str(error).splitlines()[0]}); {restore}") from error
     if not isinstance(lock, dict) or not isinstance(lock.get("stages", {}), dict):
         raise BadInput(f"{path}: {'empty' if lock is None else 'not a lock file'}; {restore}")
+    for name, entry in lock.get("stages", {}).items():
+        if not _is_entry(entry):  # what a kill cut off between two lines can be valid YAML
+            raise BadInput(f"{path}: the entry of {name} is cut off; {restore}")
     return dict(lock.get("stages") or {})
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether DVC would take this for the entry of a stage."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("cmd"), str | list):
+        return False
+    listed = [entry.get(kind, []) for kind in ("deps", "outs")]
+    if not all(isinstance(part, list) for part in listed) or not isinstance(entry.get("params", {}), dict):
+        return False
+    return all(isinstance(item, dict) and _is_artefact(item) for part in listed for item in part)
+
+
+def _is_artefact(item: Mapping[str, Any]) -> bool:
+    texts = [item.get("path"), item.get("md5", ""), item.get("hash", "")]
+    return all(isinstance(text, str) for text in texts) and isinstance(item.get("size", 0), int)
 
 
 @lru_cache(maxsize=8)

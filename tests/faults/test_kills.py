@@ -1,0 +1,146 @@
+"""F3: ``kill -9`` at a hundred seeded random instants, each time going on from what the kill left."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from springhead import doctor
+from springhead.lineage.audit import audit
+from springhead.lineage.digests import file_digest, tree_digest
+from springhead.lineage.ledger import Ledger
+from springhead.spool import read, waiting
+from tests.conftest import Project
+from tests.faults.processes import alive, await_that
+
+KILLS = 100
+TEMPORARY = "data/rl/**/.*.tmp-*"  # the last part is the process that writes there
+STAGES = ("rl-make", "rl-use@a", "rl-use@b")
+# DVC takes a second to import, in which no kill finds anything to break. This process imports it once
+# and forks a `dvc repro` for each line it reads: real DVC, real stages, most instants in the work itself.
+SERVER = """
+import os, sys
+import dvc.cli, dvc.repo.reproduce, dvc.stage.run, dvc.stage.cache, dvc.dvcfile, dvc.output, dvc.dependency
+import dvc_data.index, dvc_data.hashfile.transfer, dvc.repo.commit, dvc.fs
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os._exit(dvc.cli.main(["repro", "--quiet"]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Repro:
+    """Starts ``dvc repro`` again and again."""
+
+    def __init__(self, project: Project) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            cwd=project.root,
+            env=project.env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.stdin, self.stdout = self.server.stdin, self.server.stdout
+
+    def start(self) -> int:
+        self.stdin.write("\n")
+        self.stdin.flush()
+        return int(self.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self.stdout.readline())
+
+
+def outputs(root: Path) -> list[Path]:
+    return [*root.glob("data/rl/make"), *root.glob("data/rl/use/[ab]")]
+
+
+def mend(root: Path) -> list[str]:
+    """Does what ``springhead doctor`` says of DVC's own files, which DVC writes in place."""
+    mended = []
+    for symptom in (*doctor.rwlock(root), *doctor.lock_file(root)):
+        if symptom.severity == doctor.RED:
+            mended.append(symptom.check)
+            if symptom.mend is not None:
+                symptom.mend()
+            else:
+                assert "remove it" in symptom.do
+                (root / "dvc.lock").unlink()
+    return mended
+
+
+def start_over(root: Path) -> None:
+    for name in ("data", ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    (root / "dvc.lock").unlink(missing_ok=True)
+
+
+@pytest.mark.fault("F3")
+def test_a_hundred_kills_end_at_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    reference = Project(tmp_path / "reference")
+    shutil.copytree(project.root, reference.root)
+    reference.run("dvc", "repro", "--quiet")
+    wanted = {path.relative_to(reference.root): tree_digest(path) for path in outputs(reference.root)}
+    assert len(wanted) == len(STAGES)
+
+    repro, found, kills = Repro(project), Counter[str](), 0
+    while kills < KILLS:
+        chance = random.Random(kills)
+        found.update(mend(project.root))
+        there = len(outputs(project.root))
+        child = repro.start()
+        if chance.random() < 0.6:  # anywhere: a stage takes about a second, and each kill goes on from the last
+            delay = chance.uniform(0.0, 1.5)
+        else:  # about where an output appears: before the receipt, the ledger, the cache, the lock
+            while len(outputs(project.root)) == there and alive(child):
+                time.sleep(0.002)
+            delay = chance.uniform(0.0, 0.5)
+        time.sleep(delay)
+        victim = os.killpg if chance.random() < 0.5 else os.kill  # DVC with its stage, or DVC alone
+        if alive(child):
+            kills += 1
+            victim(child, signal.SIGKILL)
+            assert repro.wait() == -signal.SIGKILL
+        elif repro.wait() == 0:
+            found["finished"] += 1
+            start_over(project.root)
+        else:
+            raise AssertionError(project.run("dvc", "repro", check=False).stderr)
+        await_that(lambda: not any(alive(int(p.name.rpartition("-")[2])) for p in project.root.glob(TEMPORARY)))
+        for path in outputs(project.root):  # all of an output or none of it, at every instant
+            assert tree_digest(path) == wanted[path.relative_to(project.root)], f"after kill {kills}"
+            found[f"{path.name} there"] += 1
+    repro.stdin.close()
+    repro.server.wait()
+
+    found.update(mend(project.root))
+    project.run("dvc", "repro", "--quiet")
+    for folder in ("data/rl", "data/receipts", "data/metrics"):
+        assert tree_digest(project.root / folder) == tree_digest(reference.root / folder)
+    assert (project.root / "dvc.lock").read_bytes() == (reference.root / "dvc.lock").read_bytes()
+    assert found["make there"] > 0, found  # how far beyond it gets between two kills depends on the machine
+
+    # One execution per stage counts: whatever was executed more than once has one and the same receipt.
+    ledger = Ledger(project.root / ".springhead")
+    assert ledger.verify() == []
+    accepted = {(e["body"]["stage"], e["body"]["receipt"]) for e in ledger.entries() if e["kind"] == "execution"}
+    assert accepted == {(s, file_digest(project.root / f"data/receipts/{s}.json")) for s in STAGES}
+    assert not audit(project.root, deep=True).red
+    statuses = Counter(read(path).status for path in waiting(project.root / ".springhead"))
+    assert statuses["FINISHED"] >= len(STAGES)
+    assert statuses["KILLED"] > 0
+    assert "FAILED" not in statuses

@@ -21,7 +21,7 @@ EVIDENCE = ("provenance", "receipt", "data", "verdict", "evaluation")
 """What a promotion rests on, beside the model and the rules, each named by digest in its summary."""
 _ENTRY = (
     "action", "model", "version", "digest", "data_digest", "verdict_digest", "evaluation_digest", "gates_digest",
-    "receipt", "provenance", "summary", "figures",
+    "receipt", "provenance", "summary", "figures", "stored",
 )  # fmt: skip
 
 
@@ -118,7 +118,8 @@ def problems(home: Path, keys: Keys, body: dict[str, Any]) -> list[str]:
     for key, kind in (("provenance", signing.PROVENANCE), ("summary", signing.SUMMARY)):
         path = signing.by_digest(home, body["digest"], str(body.get(key)))
         if path is None:
-            found.append(f"its signed {key} {str(body.get(key))[:12]} is missing or was changed")
+            where = signing.signature_path(Path(home.name), body["digest"], str(body[key]))
+            found.append(f"its signed {key} is missing or was changed ({where})")
             continue
         try:
             statement = signing.opened(path, signing.STATEMENT_TYPE, keys)

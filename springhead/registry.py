@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from springhead import attestations, gates, packaging, signing, tracking
+from springhead import attestations, gates, packaging, signing, tracking, versions
 from springhead.errors import BadInput, Finding
 from springhead.evidence import Candidate, Evidence, read_evidence
 from springhead.gates import Judgement
@@ -228,7 +228,7 @@ class _Promotion:
         """Tells whether a promotion is of the chosen model and everything it left is still whole."""
         if body["digest"] != self.chosen.digest:
             return False
-        if content(self.client, self.name, str(body["version"])) != self.chosen.digest:
+        if versions.stored_files(self.client, self.name, str(body["version"])) != body["stored"]:
             return False
         return not attestations.problems(self.home, self.keys, body)
 
@@ -280,6 +280,7 @@ class _Promotion:
             "receipt": file_digest(receipt_path(self.root, chosen.stage)),
             "provenance": file_digest(provenance),
             "figures": dict(chosen.figures),
+            "stored": versions.stored_files(self.client, self.name, version),
             "store": _without_password(tracking.uri(self.home)),
             "previous": {key: previous[key] for key in ("version", "digest")} if previous is not None else None,
         }
@@ -387,7 +388,7 @@ def rollback(name: str, root: Path, home: Path, to: str | None = None, reason: s
         *attestations.problems(home, keys, target),
     ]
     client = tracking.connect(home)
-    if content(client, name, version) != target["digest"]:
+    if versions.stored_files(client, name, version) != target["stored"]:
         problems.append("MLflow no longer holds the bytes that were promoted")
     if problems:
         raise Finding(f"{name}: version {version} cannot be champion again: {'; '.join(problems)}")

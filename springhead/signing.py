@@ -12,12 +12,13 @@ file added to the folder would change what is signed. They are never written ove
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput, Finding
-from springhead.jsonio import canonical, read_json, write_json_atomic
+from springhead.jsonio import canonical, read_json
 from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest, tree_digest, tree_files
 
@@ -26,6 +27,11 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
 SUMMARY = "https://slsa.dev/verification_summary/v1"
 _SHOWN = 5  # names in one message
+
+
+def signature_path(home: Path, digest: str, envelope_digest: str) -> Path:
+    """Returns where an envelope about a model lies; the name of the file is the digest of its content."""
+    return home / "signatures" / digest / f"{envelope_digest}.json"
 
 
 def signatures(home: Path, digest: str) -> list[Path]:
@@ -121,10 +127,15 @@ def sign(folder: Path, home: Path, keys: Keys, kind: str, predicate: Mapping[str
         except Finding:  # the audit names it; a good one is written beside it
             continue
     signed = envelope(statement, STATEMENT_TYPE, keys)
-    name = hashlib.sha256(canonical(signed)).hexdigest()
-    path = home / "signatures" / digest / f"{name}.json"
+    content = canonical(signed) + b"\n"
+    path = signature_path(home, digest, hashlib.sha256(content).hexdigest())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, signed)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
     return path
 
 

@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 from springhead import signing, tracking
 from springhead.errors import BadInput
 from springhead.keys import Keys
-from springhead.lineage.digests import tree_digest, tree_files
+from springhead.lineage.digests import files_digest, tree_files
 from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS
 
 __all__ = ["CHALLENGER", "CHAMPION", "PREVIOUS"]
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 DIGEST, WITHIN, AT = "model.sha256", "model.within", "model.path"
+_ADDED = "registered_model_meta"  # written by MLflow into what it downloads
 _REFERENCE = re.compile(r"([^/@:]+)(?:@([\w-]+)|/(\d+))")
 _DIGITS = re.compile(r"[0-9a-f]{8,64}")
 
@@ -60,23 +61,44 @@ def aliases_of(client: "MlflowClient", name: str) -> dict[str, str]:
     return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
 
 
-def content(client: "MlflowClient", name: str, version: str) -> str | None:
-    """Returns the digest of the model folder that MLflow really holds for a version, or None."""
+def stored_files(client: "MlflowClient", name: str, version: str) -> dict[str, str] | None:
+    """Returns the digest of every file that MLflow really holds for a version, or None if it cannot be read.
+
+    For a policy that is more than the model folder: the code that serves it is among them.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         found = client.get_model_version(name, version)
         here = _local(client, found)
         if here is not None:
-            return tree_digest(here)
-        with tempfile.TemporaryDirectory() as temporary:
-            return tree_digest(_download(found, Path(temporary)))
+            files = tree_files(here)
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                files = tree_files(_fetch(found, Path(temporary)))
     except (MlflowException, OSError, BadInput):
         return None
+    return {path: digest for path, digest in files.items() if path != _ADDED}
+
+
+def content(client: "MlflowClient", name: str, version: str) -> str | None:
+    """Returns the digest of the model folder that MLflow really holds for a version, or None."""
+    from mlflow.exceptions import MlflowException
+
+    files = stored_files(client, name, version)
+    if files is None:
+        return None
+    try:
+        inside = client.get_model_version(name, version).tags.get(WITHIN, ".")
+    except MlflowException:
+        return None
+    if inside == ".":
+        return files_digest(files)
+    return files_digest({p[len(inside) + 1 :]: digest for p, digest in files.items() if p.startswith(f"{inside}/")})
 
 
 def _local(client: "MlflowClient", version: "ModelVersion") -> Path | None:
-    """Returns the model folder in a store on this machine, which need not be copied to be digested."""
+    """Returns what a store on this machine holds for a version, which need not be copied to be digested."""
     where = str(client.get_model_version_download_uri(version.name, version.version))
     if where.startswith("models:/m-"):
         where = str(client.get_logged_model(where.removeprefix("models:/")).artifact_location)
@@ -84,25 +106,12 @@ def _local(client: "MlflowClient", version: "ModelVersion") -> Path | None:
     if parts.scheme not in ("", "file") or parts.netloc:
         return None
     folder = Path(url2pathname(parts.path))
-    return _inside(folder, version) if folder.is_dir() else None
+    return folder if folder.is_dir() else None
 
 
 def local(client: "MlflowClient", version: Registered) -> Path | None:
-    """Returns the folder of a version's model where MLflow's store is on this machine."""
-    try:
-        return _local(client, client.get_model_version(version.name, version.version))
-    except BadInput:
-        return None
-
-
-def first_difference(client: "MlflowClient", root: Path, version: Registered, path: str) -> str:
-    """Returns the first file in which a version on this machine differs from the model in the checkout."""
-    stored = local(client, version)
-    if stored is None or not (root / path).is_dir():
-        return ""
-    there, here = tree_files(stored), tree_files(root / path)
-    odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    return str(stored / odd[0]) if odd else ""
+    """Returns the folder of what MLflow holds for a version, where its store is on this machine."""
+    return _local(client, client.get_model_version(version.name, version.version))
 
 
 def _inside(folder: Path, version: "ModelVersion") -> Path:
@@ -113,11 +122,11 @@ def _inside(folder: Path, version: "ModelVersion") -> Path:
     return inside
 
 
-def _download(version: "ModelVersion", target: Path) -> Path:
+def _fetch(version: "ModelVersion", target: Path) -> Path:
     import mlflow
 
-    where: str = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(target))
-    return _inside(Path(where), version)
+    source = f"models:/{version.name}/{version.version}"
+    return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(target)))
 
 
 def download(root: Path, home: Path, ref: str, target: Path) -> Path:
@@ -140,7 +149,8 @@ def download(root: Path, home: Path, ref: str, target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(f"{target}: not an empty folder; name a new one to download into")
     target.mkdir(parents=True, exist_ok=True)
-    folder = _download(tracking.connect(home).get_model_version(found.name, found.version), target)
+    version = tracking.connect(home).get_model_version(found.name, found.version)
+    folder = _inside(_fetch(version, target), version)
     signing.verify(folder, home, Keys.of(root, home), found.digest)
     return folder
 

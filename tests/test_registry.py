@@ -366,14 +366,14 @@ def test_a_rollback_to_swapped_bytes_or_lost_statements_is_refused(checkout: Che
     first = promotions(checkout)[0]
     stored = versions.local(tracking.connect(checkout.home), registry.versions_of(checkout.home, NAME)[0])
     assert stored is not None
-    weights = next(stored.glob("*.safetensors"))
+    weights = next(stored.rglob("*.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(Finding, match="no longer holds the bytes"):
         registry.rollback(NAME, checkout.root, checkout.home)
     weights.write_bytes(whole)
     shutil.rmtree(checkout.home / "signatures" / first["digest"])
-    with pytest.raises(Finding, match=r"signed provenance .* is missing"):
+    with pytest.raises(Finding, match="signed provenance is missing"):
         registry.rollback(NAME, checkout.root, checkout.home)
     assert registry.champions(checkout.home)[0].version == "2"
 

@@ -56,9 +56,18 @@ def audit(
         BadInput: if a receipt, ``dvc.lock`` or the ledger cannot be read at all.
     """
     workspace = Workspace(root, progress)
-    if not workspace.graph.receipts:
+    if not workspace.graph.receipts and not workspace.unreadable:
         raise BadInput(f"{root}/data/receipts: no receipts; run `springhead run` or `dvc repro`, or `dvc pull`")
-    checks = [check_outputs, check_contents, check_links, check_lock, check_code, check_ledger, check_verdicts]
+    checks = [
+        check_readable,
+        check_outputs,
+        check_contents,
+        check_links,
+        check_lock,
+        check_code,
+        check_ledger,
+        check_verdicts,
+    ]
     for check in [*checks, check_signatures]:
         check(workspace)
     if deep:
@@ -73,6 +82,22 @@ def audit(
 
 
 # -- data -----------------------------------------------------------------------------------------
+
+
+def check_readable(ws: Workspace) -> None:
+    """Names receipts and lock files that cannot be read at all."""
+    for path, why in ws.unreadable:
+        where = path.relative_to(ws.root).as_posix()
+        what = f"cannot be read: {why.removeprefix(f'{path}: ')}"
+        stages = [path.stem] if path.suffix == ".json" else list(ws.graph.receipts)
+        readers = [link.stage for link in ws.graph.links if any(out in link.path for out in _outs_of(ws, path.stem))]
+        do = "`springhead repair`" if path.suffix == ".json" else "`git checkout dvc.lock`"
+        ws.report(RED, "receipts" if path.suffix == ".json" else "dvc.lock", what, where, do, [*stages, *readers])
+
+
+def _outs_of(ws: Workspace, stage: str) -> list[str]:
+    locked = ws.locked.get(stage)
+    return [out for out in locked.outs if not out.startswith("data/receipts/")] if locked is not None else []
 
 
 def check_outputs(ws: Workspace) -> None:
@@ -267,13 +292,12 @@ def check_code(ws: Workspace) -> None:
 
 def check_ledger(ws: Workspace) -> None:
     """Checks the ledger's chain, and that an execution it knows wrote each receipt."""
-    for problem in ws.ledger.verify():
+    for problem in ws.broken_chain:
         where, _, what = problem.partition(": ")
         ws.report(RED, "ledger", what, where, "restore ledger.jsonl from a backup", ws.graph.receipts)
-    try:
-        entries = ws.ledger.entries()
-    except BadInput:  # the chain check above has named the line
+    if ws.broken_chain:  # nothing in it can be believed
         return
+    entries = ws.ledger.entries()
     ws.count("ledger", len(entries))
     executions = [entry["body"] for entry in entries if entry["kind"] == "execution"]
     written = {(body["stage"], body["receipt"]) for body in executions}
@@ -298,9 +322,10 @@ def check_signatures(ws: Workspace) -> None:
         if "the first promotion makes one" not in problem or promotions(_entries(ws)):
             ws.report(RED, "keys", what, where, "see docs/guide/signing.md", ws.graph.receipts)
     try:
-        state = check_head(ws.ledger, ws.keys)
-    except BadInput:  # a trusted key that cannot be read, which is named above
+        ws.keys.public()
+    except BadInput:  # a trusted key that cannot be read, which is named above: nothing can be verified
         return
+    state = check_head(ws.ledger, ws.keys)
     where = f"{ws.home.name}/{HEAD}"
     if state.problem:
         do = "restore ledger and head from a backup; `springhead doctor` says more"
@@ -322,11 +347,8 @@ def check_signatures(ws: Workspace) -> None:
 
 
 def _entries(ws: Workspace) -> list[dict[str, Any]]:
-    """Returns the ledger's entries, none where a line is damaged, which its own check names."""
-    try:
-        return ws.ledger.entries()
-    except BadInput:
-        return []
+    """Returns the ledger's entries, none where its chain is broken, which a check of its own names."""
+    return [] if ws.broken_chain else ws.ledger.entries()
 
 
 def check_verdicts(ws: Workspace) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from springhead.keys import Keys
 
 GENESIS = "0" * 64
+_KEYS = ("seq", "prev", "time", "kind", "body")
 
 
 class Ledger:
@@ -122,9 +123,12 @@ class Ledger:
         found = []
         for number, line in enumerate(self._lines(), start=1):
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                entry = json.loads(line)
+                if not isinstance(entry["body"], dict) or not all(key in entry for key in _KEYS):
+                    raise ValueError("not an entry")
+            except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{self.path}:{number}: damaged line; restore the file from a backup") from error
+            found.append(entry)
         return found
 
     def head(self) -> str:
@@ -152,7 +156,7 @@ class Ledger:
                     )
                 if entry["seq"] != number - 1:
                     problems.append(f"{self.path}:{number}: holds entry {entry['seq']}, expected {number - 1}")
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError):
                 problems.append(f"{self.path}:{number}: not a ledger entry")
             expected = hashlib.sha256(line).hexdigest()
         return problems

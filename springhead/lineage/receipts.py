@@ -7,6 +7,7 @@ is a DVC output (``data/receipts/<stage>.json``) that no stage depends on.
 from pathlib import Path
 from typing import Any
 
+from springhead.errors import BadInput
 from springhead.jsonio import read_json
 from springhead.lineage.digests import file_digest, files_digest, tree_files
 
@@ -25,6 +26,46 @@ def describe(path: Path) -> dict[str, Any]:
 def receipt_path(root: Path, stage: str) -> Path:
     """Returns where the receipt of a stage such as ``rl-collect@BallCircle`` lies."""
     return root / FOLDER / f"{stage}.json"
+
+
+_SHAPE: dict[str, type] = {
+    "stage": str,
+    "command": str,
+    "params": dict,
+    "seed": int,
+    "dependencies": dict,
+    "code": dict,
+    "environment": dict,
+    "outputs": dict,
+    "datasets": list,
+    "models": list,
+}
+
+
+def checked_receipt(path: Path) -> dict[str, Any]:
+    """Reads a receipt that may have been damaged.
+
+    Raises:
+        BadInput: if it is not valid JSON, or not what the harness writes.
+    """
+    receipt = read_json(path)
+    if not isinstance(receipt, dict):
+        raise BadInput(f"{path}: not a receipt; `dvc checkout {path.name}` restores it")
+    wrong = [key for key, kind in _SHAPE.items() if not isinstance(receipt.get(key), kind)]
+    try:
+        facts = [*receipt["outputs"].values(), *receipt["dependencies"].values(), *receipt["models"]]
+        facts += [d for d in receipt["datasets"] if (d["path"], d["role"], d["rows"])]
+        digests = [str(fact["sha256"]) for fact in facts] + [receipt["code"]["digest"]]
+        digests += [d for fact in facts for d in fact.get("files", {}).values()]
+        digests += [*receipt["code"]["files"].values(), *receipt["environment"]["lock"].values()]
+        paths = [model["path"] for model in receipt["models"] if (model["kind"], model.get("facts", {}))]
+        if not all(isinstance(text, str) for text in [*digests, *paths]):
+            wrong.append("a digest")
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong.append(str(error))
+    if wrong:
+        raise BadInput(f"{path}: not a whole receipt ({', '.join(wrong)}); restore it with `dvc checkout`")
+    return receipt
 
 
 def read_receipts(root: Path) -> dict[str, dict[str, Any]]:

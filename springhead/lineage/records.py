@@ -33,10 +33,9 @@ _SAME = {
 
 def check(ws: Workspace, deep: bool) -> None:
     """Runs the checks; a store that cannot be reached is a finding where anything should be in it."""
-    try:
-        entries = ws.ledger.entries()
-    except SpringheadError:  # the check of the ledger has named the line
+    if ws.broken_chain:  # the check of the ledger names the line
         return
+    entries = ws.ledger.entries()
     try:
         _registry(ws, entries, deep)
         _runs(ws, entries)
@@ -117,12 +116,15 @@ def _versions(ws: Workspace, name: str, entries: list[dict[str, Any]], held: "li
         # A store elsewhere is read for what is in use; with --deep for all.
         if client is None or not (version.aliases or deep or versions.local(client, version)):
             continue
-        now = versions.content(client, name, version.version)
-        if now != body["digest"]:
-            what = f"holds {now[:16] + '…' if now else 'nothing readable'}, but {body['digest'][:16]}… was promoted"
-            file = versions.first_difference(client, ws.root, version, body["path"])
-            do = f"`springhead promote {name}` registers it again; find out who writes to MLflow's store"
-            ws.report(RED, "registry", f"{what}{f' ({file})' if file else ''}", where, do, stages)
+        now, then = versions.stored_files(client, name, version.version), body.get("stored") or {}
+        if now == then:
+            continue
+        odd = sorted(file for file in (now or {}).keys() | then.keys() if (now or {}).get(file) != then.get(file))
+        folder = versions.local(client, version)
+        named = ", ".join(str(folder / file) if folder is not None else file for file in odd[:3])
+        what = f"does not hold what was promoted: {named}" if now is not None else "cannot be read from MLflow's store"
+        do = f"`springhead promote {name}` registers it again; find out who writes to MLflow's store"
+        ws.report(RED, "registry", what, where, do, stages)
     for number, body in bodies.items():
         gone = "is not in the registry any more, but was promoted"
         severity = RED if standing(entries).get(name, {}).get("version") == number else WARNING

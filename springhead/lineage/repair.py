@@ -163,7 +163,7 @@ def _aliases(root: Path, note: Say) -> None:
     for alias in (CHAMPION, CHALLENGER, PREVIOUS):
         for name, body in standing(entries, alias).items():
             version = str(body["version"])
-            whole = versions.content(client, name, version) == body["digest"]
+            whole = versions.stored_files(client, name, version) == body.get("stored")
             if not whole or attestations.problems(workspace.home, workspace.keys, body):
                 note(f"{name}/{version}: not what was promoted; `springhead promote {name}` registers it again")
             elif versions.aliases_of(client, name).get(alias) != version:

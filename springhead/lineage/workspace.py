@@ -16,7 +16,7 @@ from springhead.lineage.dvcfiles import cache_folder, folder_listing, object_pat
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.promotions import standing
-from springhead.lineage.receipts import receipt_path
+from springhead.lineage.receipts import FOLDER, checked_receipt, receipt_path
 
 RED, WARNING = "red", "warning"
 
@@ -52,8 +52,10 @@ class Workspace:
     def __init__(self, root: Path, progress: Callable[[int, int], None] | None = None) -> None:
         self.root = root
         self.home = state_folder(root)
-        self.graph = Graph.read(root)
-        self.lock = read_lock(root)
+        self.unreadable: list[tuple[Path, str]] = []
+        """Receipts and lock files that cannot be read, and why."""
+        self.graph = Graph(self._receipts())
+        self.lock = self._lock()
         self.ledger = Ledger(self.home)
         self.keys = Keys.of(root, self.home)
         self.problems: list[Problem] = []
@@ -66,6 +68,22 @@ class Workspace:
         wanted |= {path for locked in self.locked.values() for _, _, path in locked.objects if path.is_file()}
         self.sizes: dict[Path, int] = {}
         self.hashes = self._hashed(sorted(wanted), progress)
+
+    def _receipts(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for path in sorted((self.root / FOLDER).glob("*.json")):
+            try:
+                found[path.stem] = checked_receipt(path)
+            except BadInput as error:
+                self.unreadable.append((path, str(error)))
+        return found
+
+    def _lock(self) -> dict[str, dict[str, Any]]:
+        try:
+            return read_lock(self.root)
+        except BadInput as error:
+            self.unreadable.append((self.root / "dvc.lock", str(error)))
+            return {}
 
     def _listing(self, out: str) -> dict[str, Path]:
         """Returns the files of an output by relative path; a single file has the path ''."""
@@ -118,11 +136,14 @@ class Workspace:
         self.problems.append(Problem(severity, check, what, where, (*sorted(names), *sorted(paths)), do))
 
     @cached_property
+    def broken_chain(self) -> list[str]:
+        """What is wrong with the ledger's chain, one message per line."""
+        return self.ledger.verify()
+
+    @cached_property
     def _champions(self) -> dict[str, str]:
-        try:
-            return {name: body["digest"] for name, body in standing(self.ledger.entries()).items()}
-        except (BadInput, KeyError, TypeError):  # a damaged ledger is a finding of its own
-            return {}
+        entries = [] if self.broken_chain else self.ledger.entries()
+        return {name: str(body.get("digest")) for name, body in standing(entries).items()}
 
     def count(self, check: str, number: int = 1) -> None:
         """Counts what a check looked at."""

@@ -245,8 +245,19 @@ def test_our_directory_hash_is_dvc_s(root: Path) -> None:
 @pytest.mark.parametrize("content", ["", "stages: [", "- 1\n"])
 def test_a_lock_file_that_was_cut_off_says_how_to_get_it_back(root: Path, content: str) -> None:
     (root / "dvc.lock").write_text(content)
+    (problem,) = (p for p in audit(root).problems if p.severity == RED)
+    assert problem.where == "dvc.lock"
+    assert "git checkout dvc.lock" in problem.what + problem.do
     with pytest.raises(BadInput, match=r"git checkout dvc\.lock"):
-        audit(root)
+        read_lock(root)
+
+
+@pytest.mark.parametrize("damage", ["not json", "[]", "{}", '{"stage": 1}'])
+def test_a_receipt_that_cannot_be_read_is_red(root: Path, damage: str) -> None:
+    (root / RECEIPT).unlink()
+    (root / RECEIPT).write_text(damage)
+    whats = [p.what for p in audit(root).problems if p.severity == RED and p.where == RECEIPT]
+    assert any("cannot be read" in what for what in whats)
 
 
 def test_nothing_to_audit_says_what_to_run(root: Path) -> None:

@@ -30,6 +30,8 @@ ENV PATH=/project/.venv/bin:${PATH} \
     TRANSFORMERS_OFFLINE=1 \
     MLFLOW_DISABLE_TELEMETRY=true \
     PREFECT_SERVER_ANALYTICS_ENABLED=false \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    XDG_CONFIG_HOME=/project/.springhead/config
+# The last one: the signing key is kept in the volume, where a new container finds it.
 
 CMD ["make", "run"]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.e2e
 
 
-def _run(where: Path, *command: str) -> str:
+def _environment(where: Path) -> dict[str, str]:
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -27,7 +27,11 @@ def _run(where: Path, *command: str) -> str:
         "DVC_SITE_CACHE_DIR": str(where.parent / f"{where.name}-site"),
     }
     env.pop("SPRINGHEAD_HOME", None)
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, env=env)
+    return env
+
+
+def _run(where: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, env=_environment(where))
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout + done.stderr
 
@@ -53,10 +57,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(source: Path) -> Path:
-    """The same repository after ``dvc repro``."""
-    _run(source, "dvc", "repro")
-    return source
+def both(source: Path) -> tuple[Path, Path]:
+    """The same repository and a clean clone of it, each after a ``dvc repro`` of its own, at the same time."""
+    clone = source.with_name("clone")
+    _run(source, "git", "clone", "-q", str(source), str(clone))
+    running = {}
+    for where in (source, clone):
+        with where.with_suffix(".log").open("w") as log:
+            env = _environment(where)
+            running[where] = subprocess.Popen(["dvc", "repro"], cwd=where, stdout=log, stderr=log, env=env)
+    for where, process in running.items():
+        assert process.wait() == 0, where.with_suffix(".log").read_text()[-8000:]
+    return source, clone
+
+
+@pytest.fixture(scope="module")
+def made(both: tuple[Path, Path]) -> Path:
+    """A repository after ``dvc repro``."""
+    return both[0]
 
 
 def test_dvc_alone_builds_everything_and_then_nothing(made: Path) -> None:
@@ -67,7 +85,8 @@ def test_dvc_alone_builds_everything_and_then_nothing(made: Path) -> None:
     assert receipts == set(declared)
     assert "rl-evaluate@BallRun" in _run(made, "dvc", "metrics", "show")
     assert "llm-finetune" in _run(made, "dvc", "dag")
-    assert _run(made, "git", "status", "--porcelain").split() == ["??", "dvc.lock"]
+    # The lock is to be committed, and so is the public key that the first stage made.
+    assert _run(made, "git", "status", "--porcelain").split() == ["??", "dvc.lock", "??", "mlflow/trusted-keys/"]
 
 
 def test_the_audit_is_green_and_a_flipped_byte_turns_it_red(made: Path) -> None:
@@ -97,10 +116,8 @@ def test_a_push_and_a_pull_restore_everything(made: Path, tmp_path: Path) -> Non
     assert not audit(clone).red
 
 
-def test_a_clean_clone_makes_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    clone = tmp_path / "clone"
-    _run(tmp_path, "git", "clone", "-q", str(made), str(clone))
-    _run(clone, "dvc", "repro")
+def test_a_clean_clone_makes_the_same_bytes(both: tuple[Path, Path]) -> None:
+    made, clone = both
     names = sorted(path.name for path in (made / "data/receipts").glob("*.json"))
     differing = [n for n in names if read_json(made / "data/receipts" / n) != read_json(clone / "data/receipts" / n)]
     assert differing == []

@@ -81,7 +81,8 @@ def test_every_flipped_byte_is_found_and_named(promoted: Path) -> None:
             shown = path.relative_to(promoted).as_posix()
             for place in flips(path, generator):
                 tried += 1
-                red = [p for p in audit(promoted).problems if p.severity == RED]
+                # Where the damage is not in the registry, the quicker half of the audit has to see it.
+                red = [p for p in audit(promoted, registry=kind == "registry").problems if p.severity == RED]
                 text = " ".join(f"{p.where} {p.what}" for p in red)
                 if not red:
                     unseen.append(f"{kind} {shown} byte {place}")

@@ -6,7 +6,7 @@ DuckDB, from the workspace or from DVC's cache, so revisions of ten million rows
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -512,21 +512,35 @@ def _pairs(a: Side, b: Side) -> list[tuple[str | None, str | None]]:
     return [*pairs, *((None, s) for s in alone_b if s not in matched)]
 
 
-def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Any:
-    """Yields the differences of two receipts of one stage: parameters, code, lock, packages, inputs."""
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the differences of two receipts of one stage, most telling first.
+
+    ``harness`` is code that runs around every stage; it is no dependency, and decides nothing about the content.
+    """
     facts = {
         "parameter": [
             {k: v for key, value in r["params"].items() for k, v in _flat(key, value).items()} for r in (a, b)
         ],
-        "code": [r["code"]["files"] for r in (a, b)],
+        "input": [{p: f["sha256"] for p, f in r["dependencies"].items() if p.startswith("data/")} for r in (a, b)],
+        "code": [_code(r, declared=True) for r in (a, b)],
         "lock": [r["environment"]["lock"] for r in (a, b)],
         "package": [r["environment"]["packages"] for r in (a, b)],
-        "input": [{p: f["sha256"] for p, f in r["dependencies"].items() if p.startswith("data/")} for r in (a, b)],
+        "harness": [_code(r, declared=False) for r in (a, b)],
     }
     for kind, (before, after) in facts.items():
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):
                 yield {"kind": kind, "name": name, "a": before.get(name), "b": after.get(name)}
+
+
+def _code(receipt: Mapping[str, Any], declared: bool) -> dict[str, str]:
+    """Returns the source files of a receipt that are dependencies of the stage, or those that are not."""
+    folders = tuple(f"{path}/" for path in receipt["dependencies"])
+    return {
+        path: digest
+        for path, digest in receipt["code"]["files"].items()
+        if (path in receipt["dependencies"] or path.startswith(folders)) is declared
+    }
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:

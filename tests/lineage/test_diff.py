@@ -120,6 +120,18 @@ def test_two_revisions_differ_by_rule_by_producer_and_by_parameter(history: Path
     assert changes["parameter", "rl.collect.episodes"] == (8, 9)
 
 
+def test_code_of_the_harness_is_told_from_code_of_the_stage(history: Path) -> None:
+    path = receipt_path(history, f"rl-filter@{TASK}")
+    receipt = read_json(path)
+    receipt["code"]["files"] |= {"stages/rl/filter.py": "1" * 64, "springhead/stage.py": "2" * 64}
+    receipt["environment"]["packages"]["numpy"] = "9.9"
+    write_json(path, receipt)
+    (pair,) = (p for p in diff(history, f"first:{FILTERED}", FILTERED)["receipts"] if p["b"] == receipt["stage"])
+    found = {c["name"]: c["kind"] for c in pair["changes"]}
+    assert (found["stages/rl/filter.py"], found["springhead/stage.py"]) == ("code", "harness")
+    assert (found["numpy"], found["rl.filter.outlier"]) == ("package", "parameter")
+
+
 def test_the_text_says_it_in_words(history: Path) -> None:
     text = printed(diff(history, f"first:{FILTERED}", FILTERED))
     for part in (
@@ -244,7 +256,8 @@ def test_models_stand_for_the_data_they_were_trained_on_even_if_it_was_made_agai
 @pytest.mark.fault
 def test_content_that_is_not_in_the_cache_is_named_with_what_to_fetch(history: Path) -> None:
     shutil.rmtree(history / ".dvc/cache/files/md5")
-    with pytest.raises(BadInput, match=rf"the receipt .*{FILTERED} is not in DVC's cache; run `dvc fetch --all-commits`"):
+    message = rf"the receipt .*{FILTERED} is not in DVC's cache; run `dvc fetch --all-commits`"
+    with pytest.raises(BadInput, match=message):
         diff(history, f"first:{FILTERED}", FILTERED)
 
 
@@ -311,3 +324,38 @@ def test_the_command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert problem(0) not in first
     assert Ledger(root / ".springhead").head() == before
     assert not list((root / ".springhead").glob("tmp*"))  # nothing is left of what was spilled
+
+
+@pytest.mark.slow
+def test_ten_million_rows(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints seconds and memory; `docs/results/diff-ten-million-rows.md` has a measured run."""
+    import resource
+    import time
+
+    import duckdb
+
+    count, dropped = 10_000_000, 1_000_000
+    row = "sha256(i::VARCHAR) AS id, []::VARCHAR[] AS parents, sha256('policy' || i % 30) AS policy, "
+    row += "'ppo-lag' AS algorithm, (i % 3)::DOUBLE AS cost_limit, i AS seed, i % 4 = 0 AS deterministic, "
+    row += "sin(i) * 100 AS episode_return, cos(i) * 50 + 50 AS cost_return, 200 + i % 7 AS length, i AS index"
+    decision = "sha256(i::VARCHAR) AS id, 'outlier' AS rule, i % 10 <> 0 AS kept, (i % 10)::DOUBLE AS value, "
+    decision += "0.5::DOUBLE AS threshold, NULL::VARCHAR AS replaced_by"
+    for path, what, where in (
+        (f"{COLLECTED}/rows.parquet", row, "true"),
+        (f"{FILTERED}/rows.parquet", row, "i % 10 <> 0"),
+        (f"{FILTERED}/decisions.parquet", decision, "true"),
+    ):
+        source = f"SELECT {what} FROM range({count}) AS t(i) WHERE {where}"
+        duckdb.sql(f"COPY ({source}) TO '{root / path}' (COMPRESSION zstd)")
+    made_of = sum((root / p).stat().st_size for p in (f"{COLLECTED}/rows.parquet", f"{FILTERED}/rows.parquet"))
+    started = time.perf_counter()
+    answer = diff(root, COLLECTED, FILTERED)
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with capsys.disabled():
+        print(f"\n{count:,} and {count - dropped:,} rows, {made_of / 1e6:,.0f} MB: {seconds:.1f} s, {memory:,.0f} MB")
+    assert answer["rows"] == {"common": count - dropped, "only_a": dropped, "only_b": 0, "other_facts": {}}
+    (fate,) = answer["only_a"]
+    assert (fate["what"], fate["rule"], fate["rows"]) == ("dropped", "outlier", dropped)
+    assert answer["numeric"]["length"]["a"]["count"] == count
+    assert seconds < 600

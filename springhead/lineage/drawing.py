@@ -279,7 +279,7 @@ def _receipt(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
             reads.append(("", "is not what the stages before it made since", "bad"))
     locks = [("lock", f"{path} {digest}", "mono") for path, digest in sorted(facts["lock"].items())]
     code = [("command", facts["command"], "mono"), ("code", facts["code"], "mono"), *locks]
-    code += [("seed", str(facts["seed"])), ("receipt", facts["receipt"], "mono")]
+    code += [("seed", str(facts["seed"]), ""), ("receipt", facts["receipt"], "mono")]
     found = [_section("Parameters", params), _section("Last execution", runs), _section("What it read", reads)]
     return [section for section in [*found, _section("Code and environment", code)] if section["lines"]]
 
@@ -372,9 +372,8 @@ def _about_row(drawing: Drawing, graph: Graph, answer: Mapping[str, Any]) -> Non
     sections += [_section("What the filters decided", lines)] if lines else []
     failed = [(q["row"]["expectation"], str(q["row"].get("detail") or ""), "bad") for q in answer["quarantine"]]
     sections += [_section("In quarantine", failed)] if failed else []
-    lines = [(m["path"], "directly" if m["direct"] else f"through {len(m['through'])} rows made from it")
-             for m in answer["models"]]  # fmt: skip
-    sections += [_section("In the training data of", lines)] if lines else []
+    trained = [(m["path"], "directly" if m["direct"] else "through rows made from it") for m in answer["models"]]
+    sections += [_section("In the training data of", trained)] if trained else []
     drawing.start = drawing.node("row", f"row {short(name)}", note, sections, "bad" if dropped else "good")
     numbers = {name: drawing.start}
     for key in ("parents", "children"):

@@ -131,9 +131,9 @@ class Graph:
         """Every dependency on data, by reader and path. Code and lock files are no links."""
         found = []
         for name, receipt in self.receipts.items():
-            for path, facts in sorted(receipt["dependencies"].items()):
-                if path.partition("/")[0] != "data":
-                    continue
+            data = [path for path in receipt["dependencies"] if path.startswith("data/")]
+            for path in sorted(data):
+                facts = receipt["dependencies"][path]
                 makers = tuple(maker for maker in self.makers(path) if maker != name)
                 verified = not makers or self.digest(path) == facts["sha256"]
                 found.append(Link(name, path, facts["sha256"], makers, verified))

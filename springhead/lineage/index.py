@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from springhead.errors import BadInput
@@ -34,9 +35,7 @@ IDS, MENTIONS = "ids", "mentions"
 """What is looked up: the rows with an id, or the rows that name it as their parent or replacement."""
 _SETTLED = 2_000_000_000  # ns; a file changed less than this ago may change again without a new time stamp
 _RECENT = 128  # column chunks of a row group that are kept; of ids, two megabytes each
-_DIGIT = np.zeros(256, np.uint32)  # the value of each hexadecimal digit, 0 for other bytes
-for _value, _digit in enumerate("0123456789abcdef"):
-    _DIGIT[ord(_digit)] = _value
+_LOW, _LETTER = np.uint64(0x0F0F_0F0F_0F0F_0F0F), np.uint64(0x0101_0101_0101_0101)
 
 
 def open_table(path: Path, shown: str) -> pq.ParquetFile:
@@ -57,27 +56,39 @@ def open_table(path: Path, shown: str) -> pq.ParquetFile:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def prefixes(ids: pa.Array) -> np.ndarray:
     """Returns the first eight hexadecimal digits of each id as numbers, uint32, nulls left out."""
     ids = ids.cast(pa.large_string()).drop_null()
+    short = pc.less(pc.binary_length(ids), DIGITS)
+    if pc.any(short).as_py():  # ids are digests, but a table may hold anything
+        ids = pc.if_else(short, pc.ascii_rpad(ids, DIGITS, "0"), ids)
     if len(ids) == 0:
         return np.zeros(0, np.uint32)
     _, offsets, content = ids.buffers()
-    ends = np.frombuffer(offsets, np.int64)[ids.offset : ids.offset + len(ids) + 1]
-    text = np.frombuffer(content, np.uint8) if content is not None and content.size else np.zeros(1, np.uint8)
-    found = np.zeros(len(ids), np.uint32)
-    for place in range(DIGITS):
-        at = ends[:-1] + place
-        digit = _DIGIT[text[np.minimum(at, len(text) - 1)]]
-        found = (found << np.uint32(4)) | np.where(at < ends[1:], digit, np.uint32(0))
-    return found
+    starts = np.frombuffer(offsets, np.int64)[ids.offset : ids.offset + len(ids)]
+    text = np.frombuffer(content, np.uint8)
+    eight = np.lib.stride_tricks.sliding_window_view(text, DIGITS)[starts].view(">u8").ravel().astype(np.uint64)
+    # All eight characters at once: the low four bits, and nine more for a letter; then the gaps are closed.
+    eight = (eight & _LOW) + ((eight >> np.uint64(6)) & _LETTER) * np.uint64(9)
+    eight = (eight | (eight >> np.uint64(4))) & np.uint64(0x00FF_00FF_00FF_00FF)
+    eight = (eight | (eight >> np.uint64(8))) & np.uint64(0x0000_FFFF_0000_FFFF)
+    return (eight | (eight >> np.uint64(16))).astype(np.uint32)
 
 
 def _keys(values: np.ndarray, group: int) -> np.ndarray:
     return (values.astype(np.uint64) << np.uint64(32)) | np.uint64(group)
+
+
+def _sorted(keys: list[np.ndarray]) -> np.ndarray:
+    """Returns keys in order, each once; half the time of ``numpy.unique``."""
+    merged = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+    merged.sort()
+    fresh = np.ones(len(merged), bool)
+    np.not_equal(merged[1:], merged[:-1], out=fresh[1:])
+    return merged[fresh]
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
@@ -269,16 +280,16 @@ class Index:
                 for column in (c for c in columns if c in names):
                     strings = _flat(self._fetch(path, group, column))
                     found[what].append(_keys(prefixes(strings), group))
-        arrays = {w: np.unique(np.concatenate(k)) if k else np.zeros(0, np.uint64) for w, k in found.items()}
+        arrays = {what: _sorted(keys) for what, keys in found.items()}
         self._loaded[path] = arrays
         self._digests[path] = digest
         self.built += 1
         sizes = np.array([len(arrays[IDS]), len(arrays[MENTIONS])], np.uint64)
-        if self._write(f"{digest}.index", sizes, arrays[IDS], arrays[MENTIONS]):
+        if self._write(f"{digest}.index", sizes.tobytes(), *(arrays[what].tobytes() for what in (IDS, MENTIONS))):
             self._written[digest] = _stat(self.folder / f"{digest}.index")
         return digest
 
-    def _write(self, name: str, *content: bytes | np.ndarray) -> bool:
+    def _write(self, name: str, *content: bytes) -> bool:
         """Writes a file of the cache whole or not at all; where nothing can be written there is no cache."""
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:

@@ -86,9 +86,9 @@ def _lookup(graph: Graph, rows: Rows, answer: Mapping[str, Any], drawing: Drawin
     tables = {kind: [p for p, s in rows.tables[kind].items() if s in drawing.behind] for kind in (ROWS, DECISIONS)}
     if answer["kind"] == "row":
         around: dict[str, Outcome] = {
-            row["id"]: (f"{name} of this row: {row['relation']}, steps away: {row['step']}", "other", None)
+            other["id"]: (f"{name} of this row: {other['relation']}, steps away: {other['step']}", "other", None)
             for name, key in (("parent", "parents"), ("child", "children"))
-            for row in answer[key]
+            for other in answer[key]
         }
         around[answer["name"]] = ("this is the row that the page is about", "trained", drawing.start)
         return _packed(around, {}, len(around))
@@ -97,8 +97,8 @@ def _lookup(graph: Graph, rows: Rows, answer: Mapping[str, Any], drawing: Drawin
         return {"count": count, "ids": ""}
     seen: dict[str, str] = {}
     for path in tables[ROWS]:
-        for row in rows.ask(f"SELECT id FROM {rows.source(path)}"):
-            seen.setdefault(row["id"], path)
+        for entry in rows.ask(f"SELECT id FROM {rows.source(path)}"):
+            seen.setdefault(entry["id"], path)
     if len(seen) > MOST_ROWS:
         return {"count": len(seen), "ids": ""}
     trained = set(_subject_rows(rows, answer))
@@ -116,9 +116,10 @@ def _lookup(graph: Graph, rows: Rows, answer: Mapping[str, Any], drawing: Drawin
         stage = rows.tables[DECISIONS][path]
         sql = f"SELECT id, rule, kept, value, replaced_by FROM {rows.source(path)} WHERE NOT kept OR replaced_by <> id"
         for decision in rows.ask(sql):
-            other = f" {'into' if decision['kept'] else 'for the equal row'} {decision['replaced_by']}"
-            verb, state = ("changed", "changed") if decision["kept"] else ("dropped", "dropped")
-            text = f"{verb} by the rule {decision['rule']} of {stage}{other if decision['replaced_by'] else ''}"
+            state = "changed" if decision["kept"] else "dropped"
+            text = f"{state} by the rule {decision['rule']} of {stage}"
+            if decision["replaced_by"]:
+                text += f" {'into' if decision['kept'] else 'for the equal row'} {decision['replaced_by']}"
             found[decision["id"]] = (text, state, drawing.of_stage.get(stage))
             if decision["value"] is not None:
                 values[decision["id"]] = float(decision["value"])

@@ -184,15 +184,17 @@ class Rows:
         for path in self.tables[ROWS]:
             some = self._some(path, keys, ["id", "parents"], IDS if up else MENTIONS)
             if some is not None:
-                parents = some["parents"].combine_chunks()
-                pairs = (pc.take(some["id"], pc.list_parent_indices(parents)), pc.list_flatten(parents))
-                found |= _matching(*(pairs if up else reversed(pairs)), known, "parent")
+                lists = some["parents"].combine_chunks()
+                children, parents = pc.take(some["id"], pc.list_parent_indices(lists)), pc.list_flatten(lists)
+                here, there = (children, parents) if up else (parents, children)
+                found |= _matching(here, there, known, "parent")
         for path in self.tables[DECISIONS]:
             some = self._some(path, keys, ["id", "replaced_by", "kept"], MENTIONS if up else IDS)
-            for kept, how in ((True, _CHANGED), (False, _EQUAL)) if some is not None else ():
-                part = some.filter(pc.equal(some["kept"], kept))
-                pair = (part["replaced_by"], part["id"])
-                found |= _matching(*(pair if up else reversed(pair)), known, how)
+            if some is not None:
+                for kept, how in ((True, _CHANGED), (False, _EQUAL)):
+                    part = some.filter(pc.equal(some["kept"], kept))
+                    here, there = (part["replaced_by"], part["id"]) if up else (part["id"], part["replaced_by"])
+                    found |= _matching(here, there, known, how)
         return sorted(edge for edge in found if edge[0] != edge[1])
 
     def relatives(self, row: str, up: bool) -> list[dict[str, Any]]:

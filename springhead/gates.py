@@ -330,6 +330,13 @@ def _holds(
     return passed, "; ".join(reasons)
 
 
+def _broken(rules: Rules, evidence: Evidence, digest: str) -> str:
+    """Returns which bound the champion itself breaks in the current evaluation, or an empty string."""
+    itself = next((candidate for candidate in evidence.candidates if candidate.digest == digest), None)
+    gates = [_within(bound, rules, evidence, itself) for bound in rules.bounds] if itself is not None else []
+    return next((f"it breaks the {gate.name} ({gate.reason})" for gate in gates if not gate.passed), "")
+
+
 def standard_error(figures: Mapping[str, float], metric: str) -> float:
     """Returns the standard error of a figure over the episodes or problems it was measured on, 0 if unknown.
 
@@ -352,6 +359,9 @@ def _champion(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateRes
         return GateResult("champion", True, "there is no champion yet")
     if champion.digest == candidate.digest:
         return GateResult("champion", True, f"it is the champion (version {champion.version})")
+    broken = _broken(rules, evidence, champion.digest)
+    if broken:
+        return GateResult("champion", True, f"version {champion.version} is no measure: {broken}")
     standing = champion.figures.get(rules.choose)
     if standing is None:
         return GateResult("champion", True, f"version {champion.version} has no figure {rules.choose} to compare with")

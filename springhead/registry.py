@@ -228,7 +228,7 @@ class _Promotion:
         """Tells whether a promotion is of the chosen model and everything it left is still whole."""
         if body["digest"] != self.chosen.digest:
             return False
-        if versions.stored_files(self.client, self.name, str(body["version"])) != body["stored"]:
+        if versions.stored_files(self.client, self.name, str(body["version"])) != body.get("stored"):
             return False
         return not attestations.problems(self.home, self.keys, body)
 
@@ -388,7 +388,7 @@ def rollback(name: str, root: Path, home: Path, to: str | None = None, reason: s
         *attestations.problems(home, keys, target),
     ]
     client = tracking.connect(home)
-    if versions.stored_files(client, name, version) != target["stored"]:
+    if versions.stored_files(client, name, version) != target.get("stored"):
         problems.append("MLflow no longer holds the bytes that were promoted")
     if problems:
         raise Finding(f"{name}: version {version} cannot be champion again: {'; '.join(problems)}")

@@ -233,6 +233,18 @@ def test_a_champion_in_the_evaluation_counts_with_its_figures_there(checkout: Ch
     assert chosen.label == "cdt seed 0"
 
 
+def test_a_champion_that_breaks_a_bound_holds_nobody_back(checkout: Checkout) -> None:
+    """Rules that got stricter, or a new evaluation: an unsafe champion is no measure for safe ones."""
+    best = next(c for c, _ in judge(checkout).results if c.label == "cdt seed 0")
+    promoted(checkout, best.digest, 0.6)
+    checkout.evaluate(cdt=1.2)
+    judgement = judge(checkout)
+    assert judgement.chosen is not None
+    assert judgement.chosen.label == "bc-safe seed 1"  # 0.45 against 0.6
+    reasons = next(gates for c, gates in judgement.results if c.label == "bc-safe seed 1")
+    assert "it breaks the bound normalised_cost" in reasons[-1].reason
+
+
 def test_missing_figures_and_references_close_the_gate(checkout: Checkout) -> None:
     rules = yaml.safe_load((checkout.root / gates.RULES).read_text())
     rules["families"]["rl"]["bounds"] = [

@@ -281,8 +281,7 @@ class _Comparison:
             "receipts": changes(self.sides["a"], self.sides["b"]),
         }
 
-    @staticmethod
-    def _describe(one: Side, rows: int) -> dict[str, Any]:
+    def _describe(self, one: Side, rows: int) -> dict[str, Any]:
         graph = one.state.graph
         return {
             "ref": one.ref,
@@ -290,7 +289,7 @@ class _Comparison:
             "path": one.path,
             "sha256": graph.digest(one.path),
             "stage": one.stage,
-            "conditions": dict(one.conditions),
+            "conditions": {c: v for c, v in one.conditions.items() if c in self.columns[one.name]},
             "rows": rows,
         }
 

@@ -283,9 +283,8 @@ def test_a_table_that_is_not_in_the_workspace_and_a_damaged_one_are_named(root: 
         diff(root, COLLECTED, FILTERED)
 
 
-@pytest.mark.parametrize(
-    ("ref", "message"),
-    [
+def test_references_that_mean_no_data_set(history: Path) -> None:
+    for ref, message in (
         ("nowhere:data/rl", "git knows no such revision"),
         ("first:data/rl/nothing", "names nothing at"),
         ("first:../../etc/passwd", "names nothing at"),
@@ -298,11 +297,9 @@ def test_a_table_that_is_not_in_the_workspace_and_a_damaged_one_are_named(root: 
         (f"row:{episode(0)}", "is a row"),
         (f"data/rl/evaluate/{TASK}", "has no row table"),
         (f"rl-validate@{TASK}", "has no row table"),
-    ],
-)
-def test_references_that_mean_no_data_set(history: Path, ref: str, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        diff(history, ref, FILTERED)
+    ):
+        with pytest.raises(BadInput, match=message):
+            diff(history, ref, FILTERED)
 
 
 def test_outside_git_a_revision_is_an_error(root: Path) -> None:

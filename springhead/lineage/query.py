@@ -4,6 +4,7 @@
 stage or a row id. The answer is plain JSON; :mod:`springhead.lineage.tree` prints it.
 """
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,10 +96,16 @@ def find(root: Path, graph: Graph, ref: str) -> Subject:
     path = _relative(root, ref)
     if path is not None and graph.makers(path):
         return _by_path(graph, path)
+    if ref.partition("@")[0] in {stage.partition("@")[0] for stage in graph.receipts}:
+        near = difflib.get_close_matches(ref, graph.receipts, 3, 0.0)
+        raise BadInput(f"{ref}: no stage of this name has a receipt here; there are {', '.join(near)} …")
     if _REGISTERED.fullmatch(ref):
         return _registered(root, graph, ref)
     if _HEX.fullmatch(ref.lower()):
         return _by_digest(graph, _digits(ref, ref))
+    promoted = {e["body"]["model"] for e in Ledger(state_folder(root)).entries() if e["kind"] == "promotion"}
+    if ref.removeprefix("models:/") in promoted:
+        raise BadInput(f"{ref}: a registered model; say which version: {ref}@champion, or {ref}/1 and so on")
     raise BadInput(
         f"{ref}: not known here. Give models:/NAME@champion, NAME/VERSION, a path below data/, a stage "
         f"({', '.join(graph.order[:2]) or 'none has run yet'} …), {SHORTEST} or more digits of a digest, or row:ID"

@@ -81,6 +81,8 @@ def test_a_promotion_is_part_of_the_answer(root: Path) -> None:
     answer = query.lineage_of_model(root, sha256[:10])
     assert answer["promotion"]["version"] == "3"
     assert "promoted as policy-BallCircle/3" in printed(answer)
+    with pytest.raises(BadInput, match="say which version: policy-BallCircle@champion"):
+        query.lineage(root, "policy-BallCircle")
 
 
 def test_ids_of_all_training_rows(root: Path) -> None:
@@ -293,6 +295,8 @@ def test_the_index_of_a_table_that_is_gone_is_removed(root: Path) -> None:
         ("row:ffffffffffff", "no row has this digest"),
         ("ffffffffffff", "no model, output or row has this digest"),
         ("policy-BallCircle/7", "nothing is registered yet"),
+        (f"rl-train@{TASK}-cdt-9", f"no stage of this name has a receipt here; there are rl-train@{TASK}-cdt"),
+        ("llm-finetune", "no stage of this name has a receipt here"),
         ("models:/policy-BallCircle@champion", "nothing is registered yet"),
         ("../../etc/passwd", "not known here"),
         ("--rows", "not known here"),

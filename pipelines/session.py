@@ -20,10 +20,12 @@ from pipelines.graph import Graph, Node, changed, read_graph, repository, settle
 from pipelines.scheduler import Schedule, Submit
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
+from springhead.lineage.dvcfiles import broken_run_cache, remove_run_cache
 from springhead.lineage.ledger import Ledger
 from springhead.progress import duration
 
 Say = Callable[[str], None]
+_ABANDONED = 60.0  # seconds after which nobody is still writing an entry of DVC's run cache
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ class Session:
             if owner.is_file() and owner.read_text(encoding="utf-8") == marker:
                 shutil.rmtree(folder, ignore_errors=True)
         worktrees.git(self.root, "worktree", "prune")
+        remove_run_cache(broken_run_cache(self.root, _ABANDONED))
         self.folder.mkdir(parents=True)
         (self.folder / "owner").write_text(marker, encoding="utf-8")
         for folder in (self.home / "runs" / self.run, self.home / "locks"):

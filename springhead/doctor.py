@@ -1,5 +1,6 @@
 """Checks of the checkout and its environment, each with what to do about it."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from springhead.environment import locked_packages
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
-from springhead.lineage.dvcfiles import read_lock
+from springhead.lineage.dvcfiles import broken_run_cache, read_lock, remove_run_cache
 from springhead.lineage.ledger import Ledger
 
 GOOD, WARNING, RED = "good", "warning", "red"
@@ -36,7 +37,22 @@ class Symptom:
 
 def examine(root: Path) -> list[Symptom]:
     """Runs every check on a checkout; a check that finds nothing wrong says so."""
-    checks = (python, packages, shadowing, git, dvc, lock_file, rwlock, leftovers, ledger, keys, runs, spool, disk)
+    checks = (
+        python,
+        packages,
+        shadowing,
+        git,
+        dvc,
+        lock_file,
+        rwlock,
+        run_cache,
+        leftovers,
+        ledger,
+        keys,
+        runs,
+        spool,
+        disk,
+    )
     return [symptom for check in checks for symptom in check(root)]
 
 
@@ -171,6 +187,20 @@ def rwlock(root: Path) -> Iterator[Symptom]:
         yield Symptom("rwlock", WARNING, what, "DVC drops it by itself; `springhead doctor --fix` does so now", remove)
 
 
+def run_cache(root: Path) -> Iterator[Symptom]:
+    """DVC's run cache holds no folder that a kill left empty."""
+    try:
+        broken = broken_run_cache(root)
+    except BadInput:  # no DVC here, which another check says
+        return
+    if broken:
+        running = _dvc_processes(root)
+        first = f"wait for the dvc commands that run ({', '.join(running)}), then " if running else ""
+        what = f"DVC's run cache has {len(broken)} folders that a kill left empty; `dvc repro` fails on their stages"
+        mend = None if running else functools.partial(remove_run_cache, broken)
+        yield Symptom("run cache", RED, what, f"{first}`springhead doctor --fix` removes them", mend)
+
+
 def leftovers(root: Path) -> Iterator[Symptom]:
     """No temporary outputs of killed stages lie about."""
     for path in sorted((root / "data").glob("**/.*.tmp-*")):
@@ -203,8 +233,8 @@ def keys(root: Path) -> Iterator[Symptom]:
 
     home = state_folder(root)
     book, mine = Ledger(home), Keys.of(root, home)
-    for problem in mine.problems():
-        fresh = "the first promotion makes one" in problem
+    for problem in [*mine.untrustworthy(), *mine.unusable()]:
+        fresh = "no trusted key" in problem
         do = "" if fresh else "see docs/guide/signing.md; `git log mlflow/trusted-keys` shows who may sign"
         yield Symptom("keys", GOOD if fresh and not book.path.exists() else WARNING, problem, do)
     try:

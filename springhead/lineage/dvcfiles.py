@@ -4,8 +4,10 @@ Reading the files directly is the point: DVC's own answers come from a state dat
 a cache object by its file mode, so a changed byte would go unseen.
 """
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +105,28 @@ def folder_listing(path: Path, md5: str) -> dict[str, str] | None:
         return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def broken_run_cache(root: Path, age: float = 0.0) -> list[Path]:
+    """Returns the folders of DVC's run cache that a kill left empty.
+
+    DVC makes a folder per stage and inputs, then the entry in it. Killed in between, it leaves a folder
+    for which every later ``dvc repro`` ends with an error of Python's.
+
+    Args:
+        root: the repository root.
+        age: how many seconds old they must be, where a living process may be about to write.
+    """
+    before = time.time() - age
+    folders = (cache_folder(root).parents[1] / "runs").glob("[0-9a-f][0-9a-f]/*")
+    return sorted(f for f in folders if f.is_dir() and not any(f.iterdir()) and f.stat().st_mtime <= before)
+
+
+def remove_run_cache(folders: list[Path]) -> None:
+    """Removes what :func:`broken_run_cache` found."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # gone already, or filled in this moment
+            folder.rmdir()
 
 
 def cache_objects(root: Path) -> list[tuple[str, Path]]:

@@ -108,8 +108,10 @@ def load(
     if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
         raise BadInput(f"{folder}: not a model folder (no config.json or tokenizer.json); run the students stage")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Neither pickled weights nor code that came with the folder, whoever put them there.
+        sealed = {"local_files_only": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **sealed)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **sealed)
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder}: cannot be loaded ({error}); restore it with `dvc checkout`") from error
     tokenizer.padding_side = "left"

@@ -161,12 +161,16 @@ def write_dsrl(path: Path, episodes: Sequence[Episode]) -> None:
         BadInput: If there are no episodes.
     """
     data = Dataset.of(episodes)
-    with h5py.File(path, "w", libver="earliest") as file:
+    # In memory first: on a full disk HDF5 reports nothing to Python, it crashes (SIGSEGV on closing).
+    with h5py.File(path.name, "w", libver="earliest", driver="core", backing_store=False) as file:
         for key in EPISODE_KEYS:
             array = getattr(data, key)
             array = array.astype(np.float32 if key in FLOAT_KEYS else np.bool_, copy=False)
             chunks = (min(_CHUNK_ROWS, len(array)), *array.shape[1:])
             file.create_dataset(key, data=array, chunks=chunks, compression="gzip", fletcher32=True, track_times=False)
+        file.flush()
+        image = file.id.get_file_image()
+    path.write_bytes(image)
 
 
 def read_dsrl(path: Path) -> Dataset:

@@ -72,7 +72,7 @@ def outputs(root: Path) -> list[Path]:
 def mend(root: Path) -> list[str]:
     """Does what ``springhead doctor`` says of DVC's own files, which DVC writes in place."""
     mended = []
-    for symptom in (*doctor.rwlock(root), *doctor.lock_file(root)):
+    for symptom in (*doctor.rwlock(root), *doctor.run_cache(root), *doctor.lock_file(root)):
         if symptom.severity == doctor.RED:
             mended.append(symptom.check)
             if symptom.mend is not None:

@@ -153,6 +153,27 @@ def test_half_a_rwlock_stops_dvc_until_doctor_mends_it(
     assert built.read("data/b/read.txt") == "OTHER\n"
 
 
+@pytest.mark.fault("F3")
+def test_what_a_kill_leaves_in_the_run_cache_stops_dvc_until_it_is_mended(
+    built: Light, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC makes the folder of an entry before the entry; killed in between, it fails on that stage for ever."""
+    monkeypatch.chdir(built.root)
+    built.write("source.txt", "other\n")
+    known = set((built.root / ".dvc/cache/runs").glob("*/*"))
+    built.dvc("repro", "-q", "b-read")
+    (folder,) = set((built.root / ".dvc/cache/runs").glob("*/*")) - known
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (built.root / "dvc.lock").unlink()
+    assert built.run("dvc", "repro", "-q", "b-read", check=False).returncode != 0
+    (symptom,) = doctor.run_cache(built.root)
+    assert symptom.severity == doctor.RED
+    assert "mended: DVC's run cache" in CliRunner().invoke(app, ["doctor", "--fix"]).stdout
+    built.dvc("repro", "-q", "b-read")
+    assert built.read("data/b/read.txt") == "OTHER\n"
+
+
 def commit(project: Light, message: str) -> None:
     project.git("add", "-A", ".")
     project.git("commit", "-qm", message)

@@ -151,7 +151,7 @@ def read_evidence(root: Path, home: Path, model: str, sources: Sources, audited:
 
 def _signing_problems(root: Path, home: Path) -> list[str]:
     keys = Keys.of(root, home)
-    problems = [p for p in keys.problems() if "the first promotion makes one" not in p]
+    problems = keys.unusable()
     state = check_head(Ledger(home), keys) if not problems else None
     return problems + ([f"ledger: {state.problem}"] if state is not None and state.problem else [])
 

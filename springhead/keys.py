@@ -123,7 +123,15 @@ class Keys:
         if named:
             return Path(named)
         usual = _configured()
-        return self.fallback if self.fallback.is_file() and not usual.is_file() else usual
+        there = [path for path in (usual, self.fallback) if path.is_file()]
+        return next((path for path in there if self._trusts(path)), there[0] if there else usual)
+
+    def _trusts(self, path: Path) -> bool:
+        """Tells whether the public half of a private key is trusted here."""
+        try:
+            return key_id(_read_private_key(path).public_key()) in self.public()
+        except BadInput:
+            return False
 
     # -- trust ----------------------------------------------------------------------------------
 
@@ -206,20 +214,23 @@ class Keys:
         target.write_bytes(_pem(key))
         return name
 
-    def problems(self) -> list[str]:
-        """Returns what is wrong with the key files, without making or using any."""
+    def untrustworthy(self) -> list[str]:
+        """Returns what is wrong with the trusted keys; without them nothing can be verified."""
         try:
-            trusted = self.public()
+            return [] if self.public() else [f"{self.trusted}: no trusted key; the first signature makes one"]
         except BadInput as error:
             return [str(error)]
-        found = [] if trusted else [f"{self.trusted}: no trusted key; the first promotion makes one"]
+
+    def unusable(self) -> list[str]:
+        """Returns what keeps the private key from signing here, without making or using one."""
         if self.external or not self.private.exists():
-            return found
+            return []
+        found = []
         mode = self.private.stat().st_mode & 0o777
         if mode & 0o077:
             found.append(f"{self.private}: others may read it (mode {mode:04o}); `chmod 600 {self.private}`")
         try:
-            own = key_id(_read_private_key(self.private).public_key())
+            own, trusted = key_id(_read_private_key(self.private).public_key()), self.public()
         except BadInput as error:
             return [*found, str(error)]
         if trusted and own not in trusted:

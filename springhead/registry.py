@@ -25,7 +25,7 @@ from springhead.lineage.audit import Audit, audit
 from springhead.lineage.digests import file_digest
 from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
-from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, ROLLBACK, promotions, standing
+from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, ROLLBACK, is_champion, promotions, standing
 from springhead.lineage.receipts import receipt_path
 from springhead.versions import (
     AT,
@@ -374,7 +374,7 @@ def rollback(name: str, root: Path, home: Path, to: str | None = None, reason: s
     now = standing(entries).get(name)
     if now is None:
         raise BadInput(f"{name}: nothing was promoted yet, so there is nothing to go back to")
-    past = [e["body"] for e in promotions(entries) if e["body"]["model"] == name and e["body"]["action"] != CHALLENGER]
+    past = [e["body"] for e in promotions(entries) if e["body"]["model"] == name and is_champion(e["body"])]
     other = [body for body in past if str(body["version"]) != str(now["version"])]
     target = next((b for b in reversed(other) if to is None or str(b["version"]) == to), None)
     if target is None:
@@ -383,7 +383,7 @@ def rollback(name: str, root: Path, home: Path, to: str | None = None, reason: s
     version = str(target["version"])
     state = check_head(ledger, keys)
     problems = [
-        *keys.problems(),
+        *keys.unusable(),
         *([state.problem] if state.problem else []),
         *attestations.problems(home, keys, target),
     ]

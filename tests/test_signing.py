@@ -76,9 +76,23 @@ def test_the_private_key_is_outside_for_its_owner_only_and_stays(model: Path, ho
     assert key.read_bytes() == before
     (public,) = keys.trusted.iterdir()
     assert public.stem == key_id(read_public_key(public))[:16]
-    assert keys.problems() == []
+    assert keys.unusable() == []
     key.chmod(0o644)
-    assert "others may read it" in keys.problems()[0]
+    assert "others may read it" in keys.unusable()[0]
+
+
+@pytest.mark.fault
+def test_of_two_keys_the_one_that_is_trusted_signs(
+    model: Path, home: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+        sign(model, home, keys)  # made in the state folder, and trusted
+    Keys(tmp_path / "another-repository", tmp_path / "x").sign(b"makes the user's own key")
+    assert keys.private == home / "keys/signing.pem"
+    assert keys.unusable() == []
+    sign(model, home, keys, builder="again")
 
 
 @pytest.mark.fault

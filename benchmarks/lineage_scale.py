@@ -452,9 +452,8 @@ def measure(history: History, home: Path, repeats: int) -> None:
         size = len(answer["models"]) if answer["kind"] == "row" else len(answer["stages"])
         what = f"{size} {'models' if answer['kind'] == 'row' else 'stages'}"
         median = statistics.median(took)
-        print(
-            f"| {name} | {first:.2f} | {min(took):.2f} | {median:.2f} | {cold:.2f} | {scanned} | {what} |", flush=True
-        )
+        times = f"{first:.2f} | {min(took):.2f} | {median:.2f} | {cpu:.2f} | {cold:.2f} | {scanned}"
+        print(f"| {name} | {times} | {what} |", flush=True)
         slowest = max(slowest, median)
     row = first_row.removeprefix("row:")
     files = [str(p) for p in sorted(root.glob("data/**/*.parquet"))]
@@ -494,8 +493,10 @@ def main() -> None:
             print(f"written in {time.perf_counter() - start:.0f} s")
         size = sum(path.stat().st_size for path in root.rglob("*.parquet"))
         entries = len((home / "ledger.jsonl").read_bytes().splitlines())
-        print(f"history: {history.rows:,} rows, {history.models:,} models; {history.table_rows:,} table rows in "
-              f"{size / 1e9:.2f} GB of Parquet, {len(history.receipts):,} receipts, {entries:,} ledger entries")  # fmt: skip
+        print(f"history: {history.rows:,} rows, {history.models:,} models, {len(history.receipts):,} receipts")
+        print(
+            f"         {history.table_rows:,} table rows in {size / 1e9:.2f} GB of Parquet, {entries:,} ledger entries"
+        )
         print(f"machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
         measure(history, home, options.repeats)
     finally:

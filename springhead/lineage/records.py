@@ -123,8 +123,8 @@ def _versions(ws: Workspace, name: str, entries: list[dict[str, Any]], held: "li
         folder = versions.local(client, version)
         named = ", ".join(str(folder / file) if folder is not None else file for file in odd[:3])
         what = f"does not hold what was promoted: {named}" if now is not None else "cannot be read from MLflow's store"
-        do = f"`springhead promote {name}` registers it again; find out who writes to MLflow's store"
-        ws.report(RED, "registry", what, where, do, stages)
+        do = f"`springhead promote {name}` registers it again" if version.aliases else "delete the version in MLflow"
+        ws.report(RED, "registry", what, where, f"{do}; find out who writes to MLflow's store", stages)
     for number, body in bodies.items():
         gone = "is not in the registry any more, but was promoted"
         severity = RED if standing(entries).get(name, {}).get("version") == number else WARNING

@@ -246,8 +246,8 @@ def _notes(answer: Mapping[str, Any], kinds: list[str]) -> list[str]:
     if total["runs"]:
         saved, kept = (_seconds(total[name].get("seconds")) or "0s" for name in ("saved", "up_to_date"))
         found = [
-            f"Recorded runs: {total['runs']}. Results restored from the cache: {total['restored']}, which saved {saved}; "
-            f"in place and up to date: {total['kept']} (another {kept})."
+            f"Recorded runs: {total['runs']}. Restored from the cache: {total['restored']} results, which saved "
+            f"{saved}; in place and up to date: {total['kept']} (another {kept})."
         ]
     else:
         found = ["No run is recorded yet, so reuse is not known: `springhead run` records it, `dvc repro` does not."]

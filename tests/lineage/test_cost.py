@@ -102,7 +102,7 @@ def test_a_run_records_what_it_used_again_and_each_reuse_saves_what_the_result_t
     assert answer["total"]["saved"] == {"seconds": 3 * SECONDS}
     assert answer["total"]["up_to_date"] == {"seconds": 2 * SECONDS}
     assert (answer["total"]["runs"], answer["total"]["unknown_reuses"]) == (2, 0)
-    assert "Recorded runs: 2. Results restored from the cache: 3, which saved 37s" in "\n".join(lines(answer))
+    assert "Recorded runs: 2. Restored from the cache: 3 results, which saved 37s" in "\n".join(lines(answer))
 
 
 def test_the_execution_before_the_run_is_the_one_that_was_reused(root: Path) -> None:

@@ -9,6 +9,7 @@ The audit must be free of red findings, or its time would mean nothing.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import platform
@@ -20,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from springhead.jsonio import write_json
+from springhead.keys import Keys
 from springhead.lineage.audit import audit
 from springhead.lineage.digests import file_digest, files_digest, json_digest
 from springhead.lineage.ledger import Ledger
@@ -33,16 +36,16 @@ BLOCK = 1 << 20
 
 
 def write_checkout(root: Path, size: int, seed: int = 0) -> list[Path]:
-    """Writes ``size`` bytes of data with receipts, a ledger and no lock file; returns the files."""
+    """Writes ``size`` bytes of data with receipts, a ledger, ``dvc.lock`` and DVC's cache; returns the files."""
     rng = np.random.default_rng(seed)
     for name in ("rl", "llm"):
         (root / "locks").mkdir(parents=True, exist_ok=True)
         (root / f"locks/{name}.lock").write_text("numpy==2.4.6\n", encoding="utf-8")
-    (root / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     code = root / "stages/rl/collect.py"
     code.parent.mkdir(parents=True)
     code.write_text('"""The collect stage."""\n', encoding="utf-8")
-    ledger, files = Ledger(root / ".springhead"), []
+    ledger, files, names = Ledger(root / ".springhead"), [], []
+    keys = Keys.of(root, root / ".springhead")
     for part in range(PARTS):
         stage, out = f"rl-collect@part{part:02d}", f"data/rl/collect/part{part:02d}"
         data = root / out / "dataset.hdf5"
@@ -63,8 +66,25 @@ def write_checkout(root: Path, size: int, seed: int = 0) -> list[Path]:
         }  # fmt: skip
         write_json(receipt_path(root, stage), receipt)
         body = {"stage": stage, "receipt": file_digest(receipt_path(root, stage)), "inputs": json_digest(stage)}
-        ledger.append("execution", body | {"outputs": {out: facts["sha256"]}, "models": []})
+        ledger.append("execution", body | {"outputs": {out: facts["sha256"]}, "models": []}, keys)
+        names.append(f"part{part:02d}")
+    _commit(root, names)
     return files
+
+
+def _commit(root: Path, names: list[str]) -> None:
+    """Lets DVC itself write its lock file and its cache, which shares its bytes with the workspace."""
+    from dvc.repo import Repo
+
+    outs = ["data/rl/collect/${item}", "data/receipts/rl-collect@${item}.json"]
+    stage = {"cmd": "true", "deps": ["stages/rl/collect.py", "locks/rl.lock"], "outs": outs}
+    graph = {"stages": {"rl-collect": {"foreach": names, "do": stage}}}
+    (root / "dvc.yaml").write_text(yaml.safe_dump(graph), encoding="utf-8")
+    with contextlib.chdir(root), Repo.init(str(root), no_scm=True) as repo:
+        with repo.config.edit() as config:
+            config["core"]["analytics"] = False
+            config["cache"]["type"] = "hardlink"
+        repo.commit(force=True)
 
 
 def plain_sha256(files: list[Path], threads: int) -> None:
@@ -85,6 +105,7 @@ def measure(size: int, repeats: int, threads: int) -> tuple[float, float]:
     """Returns the best seconds of the audit and of plain SHA-256, taken in turns, on ``size`` bytes."""
     root = Path(tempfile.mkdtemp(prefix="springhead-audit-"))
     os.environ["SPRINGHEAD_HOME"] = str(root / ".springhead")
+    os.environ["XDG_CONFIG_HOME"] = str(root / ".config")  # a key of its own, not the user's
     try:
         files = write_checkout(root, size)
         took: dict[str, list[float]] = {"audit": [], "sha256": []}

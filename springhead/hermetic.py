@@ -166,8 +166,9 @@ def _activate(seal: Seal | None) -> None:
 
 def inherit() -> None:
     """Seals this process as the stage that started it is sealed."""
-    values = json.loads(os.environ[_INHERITED])
-    _activate(Seal(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}))
+    values: dict[str, Any] = json.loads(os.environ[_INHERITED])
+    values |= {key: tuple(values[key]) for key in ("roots", "readable")}
+    _activate(Seal(**values))
 
 
 # -- the kernel's watch -----------------------------------------------------------------------------

@@ -251,9 +251,9 @@ def test_workers_are_sealed_as_their_stage(project: Project) -> None:
     project.write("data/rl/make/rows.json", "[]")
     project.write("data/rl/use/b/rows.json", "[]")
     cases = {
-        "(root / 'data/rl/make/rows.json').read_text(); import xmlrpc.client": "",
         "import stages.rl.helper": "reads stages/rl/helper.py",
         "(root / 'source.txt').read_text()": "reads source.txt",
+        "(root / 'data/rl/make/rows.json').read_text(); import xmlrpc.client": "",
     }
     for body, message in cases.items():
         project.write("stages/rl/use.py", WORKERS.format(body=body))

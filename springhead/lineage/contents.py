@@ -122,7 +122,7 @@ def _hdf5(recorded: Path, now: Path) -> str | None:
             if name not in before or name not in after:
                 return f"dataset {name!r}: {'was added' if name in after else 'is missing'}"
             attributes = [{k: np.asarray(v).tolist() for k, v in i.attrs.items()} for i in (before[name], after[name])]
-            if found := _walk(*attributes, ""):
+            if found := _walk(attributes[0], attributes[1], ""):
                 return f"attribute of {name!r}: {found}"
             if isinstance(before[name], h5py.Dataset) and isinstance(after[name], h5py.Dataset):
                 arrays = [np.asarray(item[()]) for item in (before[name], after[name])]
@@ -139,7 +139,7 @@ def _parquet(recorded: Path, now: Path) -> str | None:
     one, other = (pq.ParquetFile(path).read() for path in (recorded, now))
     if one.schema != other.schema:
         columns = [{field.name: str(field.type) for field in table.schema} for table in (one, other)]
-        return f"schema: {_walk(*columns, '') or 'metadata'}"
+        return f"schema: {_walk(columns[0], columns[1], '') or 'metadata'}"
     for name in one.column_names:
         if one[name].equals(other[name]):
             continue
@@ -163,7 +163,7 @@ def _safetensors(recorded: Path, now: Path) -> str | None:
             return f"tensor {name!r}: {'was added' if name in head_now else 'is missing'}"
         before, after = head[name], head_now[name]
         shapes = [{k: v for k, v in entry.items() if k != "data_offsets"} for entry in (before, after)]
-        if found := _walk(*shapes, ""):
+        if found := _walk(shapes[0], shapes[1], ""):
             return f"tensor {name!r}: {found}"
         if name == "__metadata__":
             continue

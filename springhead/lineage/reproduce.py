@@ -353,7 +353,7 @@ class _Verification:
         if not different:
             # The code was compared with the commit; the harness may be HEAD's where the ledger knows no other.
             facts = [{key: value for key, value in r.items() if key != "code"} for r in (recorded, now)]
-            if found := json_difference(*facts):
+            if found := json_difference(facts[0], facts[1]):
                 yield Difference(receipt_path(Path(), stage).as_posix(), f"key {found}")
 
     def _where(self, path: str, recorded: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> str:
@@ -371,7 +371,7 @@ class _Verification:
 
 def _listing(receipt: Mapping[str, Any]) -> dict[str, str]:
     """Returns the digest of every file that a stage made, by path."""
-    found = {}
+    found: dict[str, str] = {}
     for out, facts in receipt["outputs"].items():
         inner: Mapping[str, str] | None = facts.get("files")
         found |= {out: facts["sha256"]} if inner is None else {f"{out}/{name}": d for name, d in inner.items()}

@@ -51,10 +51,10 @@ run: install  ## run the whole pipeline: both branches, from nothing to a promot
 	springhead run $(ARGS)
 
 test: install browser lint  ## run the checks and the default tests
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 test-slow: install browser  ## run the long learning tests as well
-	python -m pytest -m 'not gpu'
+	python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
 lint: install  ## ruff, mypy, import layers, spelling
 	ruff check .

@@ -85,6 +85,7 @@ def _commit(root: Path, names: list[str]) -> None:
             config["core"]["analytics"] = False
             config["cache"]["type"] = "hardlink"
         repo.commit(force=True)
+        repo.checkout(force=True, relink=True)  # a commit copies; this links, as the stages' outputs are
 
 
 def plain_sha256(files: list[Path], threads: int) -> None:

@@ -13,6 +13,7 @@ from springhead.jsonio import read_json
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.lineage.ledger import Ledger
 from tests.conftest import Project
+from tests.faults.processes import alive
 
 
 def _state(project: Project) -> Path:
@@ -142,7 +143,7 @@ def test_a_killed_dvc_leaves_no_orphan_and_no_partial_output(project: Project, s
     worker = int(left[0].name.rpartition("-")[2])
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
+    while alive(worker):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     project.params("rows: 4")

@@ -14,7 +14,7 @@ from springhead.errors import Finding
 from springhead.evidence import Candidate
 from springhead.jsonio import read_json
 from springhead.keys import Keys
-from springhead.lineage.digests import file_digest
+from springhead.lineage.digests import file_digest, files_digest
 from springhead.lineage.receipts import receipt_path
 
 EVIDENCE = ("provenance", "receipt", "data", "verdict", "evaluation")
@@ -68,7 +68,8 @@ def summary(name: str, version: str, facts: Mapping[str, str], figures: Mapping[
         name: name of the registered model.
         version: its version.
         facts: the digests the decision rests on: ``gates``, ``provenance``, ``verdict``, ``evaluation``,
-            ``data``, ``receipt``, ``model``, and ``action`` and ``time``.
+            ``data``, ``receipt``, ``model``, ``stored`` (every file in MLflow's store), and ``action`` and
+            ``time``.
         figures: the figures it was judged by.
     """
     attestations = [{"uri": f"urn:springhead:{key}", "digest": {"sha256": facts[key]}} for key in EVIDENCE]
@@ -80,7 +81,12 @@ def summary(name: str, version: str, facts: Mapping[str, str], figures: Mapping[
         "inputAttestations": attestations,
         "verificationResult": "PASSED",
         "verifiedLevels": ["SLSA_BUILD_LEVEL_1"],
-        "springhead": {"action": facts["action"], "model": facts["model"], "figures": dict(figures)},
+        "springhead": {
+            "action": facts["action"],
+            "model": facts["model"],
+            "stored": facts["stored"],
+            "figures": dict(figures),
+        },
     }
 
 
@@ -93,6 +99,7 @@ def facts(body: dict[str, Any]) -> dict[str, str]:
         "gates": body["gates_digest"],
         "provenance": body["provenance"],
         "receipt": body["receipt"],
+        "stored": files_digest(body["stored"]),
         "data": str(body["data_digest"]),
         "verdict": body["verdict_digest"],
         "evaluation": body["evaluation_digest"],

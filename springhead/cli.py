@@ -40,7 +40,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
-        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        except Exception as error:
             if type(error).__module__.partition(".")[0] in ("click", "typer"):
                 raise
             _trace()

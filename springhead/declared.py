@@ -137,11 +137,11 @@ def _ask_dvc(root: Path) -> dict[str, Any]:
 
     try:
         with Repo(str(root)) as repo:
-            stages = sorted((s for s in repo.index.stages if hasattr(s, "name")), key=lambda s: str(s.addressing))
+            stages = sorted((s for s in repo.index.stages if hasattr(s, "name")), key=lambda s: str(s.name))
             return {
                 "outputs": sorted(_posix(out.fs_path, root) for out in repo.index.outs),
                 "stages": {
-                    stage.addressing: {
+                    stage.name: {
                         "dependencies": [_posix(d.fs_path, root) for d in stage.deps if not hasattr(d, "params")],
                         "parameters": [key for d in stage.deps for key in getattr(d, "params", ())],
                         "outputs": [_posix(out.fs_path, root) for out in stage.outs],

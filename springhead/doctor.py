@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from springhead.environment import locked_packages
+from springhead.environment import alive, locked_packages
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.lineage.dvcfiles import broken_run_cache, read_lock, remove_run_cache
@@ -139,7 +139,7 @@ def lock_file(root: Path) -> Iterator[Symptom]:
 
 
 def _alive(pid: object) -> bool:
-    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
+    return isinstance(pid, int) and alive(pid)
 
 
 def _dvc_processes(root: Path) -> list[str]:

@@ -55,6 +55,14 @@ def settle(seed: int) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def alive(pid: int) -> bool:
+    """Tells whether a process runs. One that ended but was not waited for yet, a zombie, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def locked_packages(lock: Path) -> dict[str, str]:
     """Reads ``name==version`` lines of a lock file, names in their normalised form.
 

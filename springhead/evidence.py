@@ -16,7 +16,8 @@ from springhead.lineage.digests import file_digest, tree_digest
 from springhead.lineage.graph import Graph
 from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
-from springhead.lineage.promotions import standing
+from springhead.lineage.promotions import standing, withdrawn
+from springhead.lineage.receipts import receipt_path
 from springhead.lineage.workspace import RED, Problem
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Evidence:
     findings: tuple[Problem, ...]
     """What an audit found that is red, the registry aside, which promotion itself puts right."""
     champion: Champion | None
+    withdrawn: frozenset[str]
+    """Digests of models from which somebody rolled back, and that were not promoted since."""
 
 
 def read_evidence(root: Path, home: Path, model: str, sources: Sources, audited: "Audit | None" = None) -> Evidence:
@@ -125,8 +128,10 @@ def read_evidence(root: Path, home: Path, model: str, sources: Sources, audited:
     verdict = read_json(root / sources.verdict) if (root / sources.verdict).is_file() else None
     evaluation_problems = _unlike_receipt(root, graph, sources.evaluation)
     examined = audited if audited is not None else audit(root, registry=False)
+    entries = ledger.entries() if not ledger.verify() else []
+    executed = frozenset(str(e["body"]["receipt"]) for e in entries if e["kind"] == "execution")
     candidates = [
-        _candidate(root, graph, sources, entry, figures, evaluation_problems)
+        _candidate(root, graph, sources, entry, figures, evaluation_problems, executed)
         for entry, figures in models
         if sources.methods is None or _method(entry) in sources.methods
     ]
@@ -146,14 +151,21 @@ def read_evidence(root: Path, home: Path, model: str, sources: Sources, audited:
         signing_problems=_signing_problems(root, home),
         findings=tuple(p for p in examined.problems if p.severity == RED and p.check not in REGISTRY_CHECKS),
         champion=_champion(ledger, model, models),
+        withdrawn=withdrawn(entries, model),
     )
 
 
 def _signing_problems(root: Path, home: Path) -> list[str]:
     keys = Keys.of(root, home)
     problems = keys.unusable()
-    state = check_head(Ledger(home), keys) if not problems else None
-    return problems + ([f"ledger: {state.problem}"] if state is not None and state.problem else [])
+    if problems:
+        return problems
+    ledger = Ledger(home)
+    state = check_head(ledger, keys)
+    if state.problem:
+        return [f"ledger: {state.problem}"]
+    forged = [e for e in ledger.entries()[state.signed :] if e["kind"] == "promotion"]
+    return [f"ledger: entry {entry['seq']} is a promotion that nobody signed" for entry in forged]
 
 
 # -- the evaluation -------------------------------------------------------------------------------
@@ -273,6 +285,7 @@ def _candidate(
     entry: Mapping[str, Any],
     figures: dict[str, float],
     evaluation_problems: list[str],
+    executed: frozenset[str],
 ) -> Candidate:
     path, digest = str(entry["path"]), str(entry["digest"])
     label = " seed ".join(str(part) for part in (_method(entry), entry.get("seed")) if part not in ("", None))
@@ -298,8 +311,16 @@ def _candidate(
         figures=figures,
         by_limit={key: _numbers(entry["limits"][key]) for key in sorted(entry.get("limits", {}), key=float)},
         model_problems=problems,
-        chain_problems=_chain_problems(graph, sources, stage),
+        chain_problems=[*_chain_problems(graph, sources, stage), *_not_executed(root, graph, sources, stage, executed)],
     )
+
+
+def _not_executed(root: Path, graph: Graph, sources: Sources, stage: str, executed: frozenset[str]) -> list[str]:
+    """Returns the receipts behind a model that no execution in the ledger wrote: anybody may have."""
+    judges = (graph.maker(sources.evaluation), graph.maker(sources.verdict))
+    behind = {s for name in (stage, *judges) if name for s in (graph.upstream(name) if name == stage else [name])}
+    unknown = [name for name in sorted(behind) if file_digest(receipt_path(root, name)) not in executed]
+    return [f"the ledger has no execution that wrote the receipt of {', '.join(unknown[:3])}"] if unknown else []
 
 
 def _below(path: str, folder: str) -> bool:

@@ -234,6 +234,8 @@ def judge(name: str, rules: Rules, evidence: Evidence, model: str | None = None,
     if challenger:
         considered = [c for c in considered if c.digest != champion]
     results = [(candidate, _gates(rules, evidence, candidate, challenger)) for candidate in considered]
+    if model is None:
+        results = [(candidate, [*found, _withdrawn(evidence, candidate)]) for candidate, found in results]
     passed = [candidate for candidate, gates in results if all(gate.passed for gate in gates)]
     # Equal figures are common with few problems; the label makes the choice the same every time.
     best = min(passed, key=lambda c: (-c.figures[rules.choose], c.label), default=None)
@@ -252,8 +254,16 @@ def _gates(rules: Rules, evidence: Evidence, candidate: Candidate, challenger: b
     return gates if challenger else [*gates, _champion(rules, evidence, candidate)]
 
 
+def _withdrawn(evidence: Evidence, candidate: Candidate) -> GateResult:
+    """A model from which somebody rolled back comes back only when it is named."""
+    gone = candidate.digest in evidence.withdrawn
+    why = f"somebody rolled back from it; `--model {candidate.digest[:12]}` promotes it all the same"
+    return GateResult("withdrawn", not gone, why if gone else "nobody rolled back from it")
+
+
 def _audit(evidence: Evidence, candidate: Candidate) -> GateResult:
     """Nothing that the audit found red may concern this model, or everything."""
+    # What concerns no model may be the ledger or a key, on which everything rests.
     found = [p for p in evidence.findings if candidate.path in p.affects or not p.affects]
     return _listed("audit", [f"{p.where} {p.what}" for p in found[:_SHOWN]], "green for everything behind it")
 

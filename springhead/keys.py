@@ -31,9 +31,20 @@ _ALGORITHM = ec.ECDSA(hashes.SHA256())
 _PATIENCE = 60.0  # seconds for an external signer, which may ask a person for a PIN
 
 
-def _configured() -> Path:
-    folder = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+def _configured() -> Path | None:
+    """Returns the user's key file, or None for a user who has no home."""
+    try:
+        folder = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    except RuntimeError:
+        return None
     return Path(folder) / "springhead" / "signing.pem"
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that may not be searched
+        return False
 
 
 def key_id(key: ec.EllipticCurvePublicKey) -> str:
@@ -123,8 +134,8 @@ class Keys:
         if named:
             return Path(named)
         usual = _configured()
-        there = [path for path in (usual, self.fallback) if path.is_file()]
-        return next((path for path in there if self._trusts(path)), there[0] if there else usual)
+        there = [path for path in (usual, self.fallback) if path is not None and _there(path)]
+        return next((path for path in there if self._trusts(path)), there[0] if there else usual or self.fallback)
 
     def _trusts(self, path: Path) -> bool:
         """Tells whether the public half of a private key is trusted here."""
@@ -144,14 +155,16 @@ class Keys:
         found = (read_public_key(path) for path in sorted(self.trusted.glob("*.pem")))
         return {key_id(key): key for key in found}
 
-    def holds(self, signature: bytes, data: bytes, key: str = "") -> bool:
-        """Tells whether a signature over ``data`` is by a trusted key, the one with id ``key`` first."""
-        trusted = self.public()
-        for candidate in sorted(trusted, key=lambda name: name != key):
-            with contextlib.suppress(InvalidSignature):
-                trusted[candidate].verify(signature, data, _ALGORITHM)
-                return True
-        return False
+    def holds(self, signature: bytes, data: bytes, key: str) -> bool:
+        """Tells whether a signature over ``data`` is by the trusted key with the id ``key``."""
+        trusted = self.public().get(key)
+        if trusted is None:
+            return False
+        try:
+            trusted.verify(signature, data, _ALGORITHM)
+        except InvalidSignature:
+            return False
+        return True
 
     # -- signing --------------------------------------------------------------------------------
 
@@ -168,7 +181,7 @@ class Keys:
 
     def _private_key(self) -> ec.EllipticCurvePrivateKey:
         path = self.private
-        if not path.exists():
+        if not _there(path):
             if os.environ.get("SPRINGHEAD_SIGNING_KEY"):
                 raise BadInput(f"{path}: no such file; SPRINGHEAD_SIGNING_KEY must name a private key in PEM form")
             try:
@@ -223,7 +236,7 @@ class Keys:
 
     def unusable(self) -> list[str]:
         """Returns what keeps the private key from signing here, without making or using one."""
-        if self.external or not self.private.exists():
+        if self.external or not _there(self.private):
             return []
         found = []
         mode = self.private.stat().st_mode & 0o777
@@ -236,3 +249,20 @@ class Keys:
         if trusted and own not in trusted:
             found.append(f"{self.private}: its public key {own[:16]} is not in {self.trusted}; nothing can be signed")
         return found
+
+
+def changed_keys(root: Path) -> list[str]:
+    """Returns the trusted keys that are not as the last commit has them, where it has any.
+
+    Before the first key is committed there is nothing to compare with: it was made on first use.
+    """
+    main = main_checkout(root)
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=main, capture_output=True, text=True)
+        return done.stdout if done.returncode == 0 else ""
+
+    if not git("ls-tree", "-r", "--name-only", "HEAD", "--", f"./{TRUSTED}"):
+        return []
+    changed = git("status", "--porcelain", "--untracked-files=all", "--ignored", "-z", "--", f"./{TRUSTED}")
+    return sorted(entry[3:] for entry in changed.split("\0") if entry[3:].endswith(".pem"))

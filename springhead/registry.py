@@ -22,7 +22,7 @@ from springhead.evidence import Candidate, Evidence, read_evidence
 from springhead.gates import Judgement
 from springhead.keys import Keys
 from springhead.lineage.audit import Audit, audit
-from springhead.lineage.digests import file_digest
+from springhead.lineage.digests import file_digest, tree_files
 from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, ROLLBACK, is_champion, promotions, standing
@@ -207,6 +207,7 @@ class _Promotion:
         signing.verify(self.folder, self.home, self.keys, self.chosen.digest)
         version = self._version()
         entry = _append(self.ledger, self._body(version, provenance, before), self.keys)
+        self.client.set_model_version_tag(self.name, version, "gate.verdict", "passed")
         self._move(version, before)
         after = f" after version {before['version']}" if before is not None else ""
         return self._result(version, True, f"version {version} is the {self.alias}{after}", entry)
@@ -253,7 +254,7 @@ class _Promotion:
             "verdict.sha256": self.evidence.verdict_digest,
             "evaluation.sha256": self.evidence.evaluation_digest,
             "gates.sha256": file_digest(self.root / gates.RULES),
-            "gate.verdict": "passed",
+            "gate.verdict": "pending",
             "receipt": file_digest(receipt),
             "dvc.stage": self.chosen.stage,
         }
@@ -298,24 +299,15 @@ class _Promotion:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        same = ("verdict.sha256", "evaluation.sha256", "gates.sha256", "receipt", DIGEST)
-        entries = promotions(self.ledger.entries())
-        used = {str(e["body"]["version"]) for e in entries if e["body"]["model"] == self.name}
         challenger = standing(self.ledger.entries(), CHALLENGER).get(self.name)
-        if challenger is not None and self.alias == CHAMPION:
-            used.discard(str(challenger["version"]))  # the challenger that wins keeps its version
-        for found in self.client.search_model_versions(f"name = '{self.name}'"):
-            version = str(found.version)
-            alike = version not in used and all(found.tags.get(key) == tags[key] for key in same)
-            if alike and content(self.client, self.name, version) == self.chosen.digest:
+        if challenger is not None and self.alias == CHAMPION and challenger["digest"] == self.chosen.digest:
+            version = str(challenger["version"])  # the challenger that wins keeps its version, if it is whole
+            held = versions.stored_files(self.client, self.name, version)
+            if held is not None and held == challenger.get("stored"):
+                for key, value in tags.items():
+                    self.client.set_model_version_tag(self.name, version, key, value)
                 return version
-        version = self._register(tags)
-        if content(self.client, self.name, version) != self.chosen.digest:
-            raise Finding(
-                f"{self.name}: MLflow at {_without_password(tracking.uri(self.home))} does not give back what was "
-                f"uploaded as version {version}; the alias was not moved. Check its artifact store"
-            )
-        return version
+        return self._register(tags)
 
     def _register(self, tags: dict[str, str]) -> str:
         """Uploads the model in the form that its users load, and registers it."""
@@ -324,6 +316,7 @@ class _Promotion:
         logged = client.create_logged_model(place, self.name, run, tags, model_type=packaging.kind(self.folder))
         with tempfile.TemporaryDirectory() as temporary:
             prepared = packaging.prepare(self.folder, Path(temporary) / "model", self.evidence.cost_limit)
+            uploaded = tree_files(prepared)
             client.log_model_artifacts(logged.model_id, str(prepared))
         client.finalize_logged_model(logged.model_id, "READY")
         tags = {**tags, "ledger.head": self.ledger.head()}
@@ -335,7 +328,13 @@ class _Promotion:
             description=self._description(),
             model_id=logged.model_id,
         )
-        return str(made.version)
+        version = str(made.version)
+        if versions.stored_files(client, self.name, version) != uploaded:
+            raise Finding(
+                f"{self.name}: MLflow at {_without_password(tracking.uri(self.home))} does not give back what was "
+                f"uploaded as version {version}; the alias was not moved. Check its artifact store"
+            )
+        return version
 
     def _run(self, place: str) -> str | None:
         """Returns the run of the execution that made the chosen model, if MLflow has it."""

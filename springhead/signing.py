@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput, Finding
-from springhead.jsonio import canonical, read_json
+from springhead.jsonio import canonical
 from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest, tree_digest, tree_files
 
@@ -74,14 +74,16 @@ def opened(path: Path, kind: str, keys: Keys) -> Any:
     """Returns what is in an envelope, once a signature by a trusted key holds.
 
     Raises:
-        Finding: if the file is no envelope, of another kind, or not signed by a trusted key.
-        BadInput: if the file is missing, or a trusted key cannot be read.
+        Finding: if the file is missing, no envelope, of another kind, or not signed by a trusted key.
+        BadInput: if a trusted key cannot be read.
     """
-    content = read_json(path)
     try:
-        payload = base64.b64decode(content["payload"], validate=True)
-        found = [(str(s.get("keyid", "")), base64.b64decode(s["sig"], validate=True)) for s in content["signatures"]]
+        content = json.loads(path.read_bytes())
+        payload = _decoded(content["payload"])
+        found = [(str(s["keyid"]), _decoded(s["sig"])) for s in content["signatures"]]
         stated = content["payloadType"]
+    except FileNotFoundError:
+        raise Finding(f"{path}: no such file; restore it from a backup") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Finding(f"{path}: not a DSSE envelope ({error}); restore it from a backup") from None
     if stated != kind:
@@ -89,6 +91,14 @@ def opened(path: Path, kind: str, keys: Keys) -> Any:
     if not any(keys.holds(signature, _to_sign(kind, payload), key) for key, signature in found):
         raise Finding(f"{path}: not signed by a key in {keys.trusted}; do not trust it")
     return json.loads(payload)
+
+
+def _decoded(text: str) -> bytes:
+    """Decodes base64 in its one canonical form: elsewhere some bits of the text would not count."""
+    content = base64.b64decode(text, validate=True)
+    if base64.b64encode(content).decode() != text:
+        raise ValueError("not canonical base64")
+    return content
 
 
 # -- statements about a folder --------------------------------------------------------------------

@@ -28,7 +28,7 @@ from springhead.energy import Meter
 from springhead.errors import BadInput, Finding, SpringheadError
 from springhead.home import home as state_folder
 from springhead.home import repository
-from springhead.jsonio import write_json, write_json_atomic
+from springhead.jsonio import write_json
 from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest, json_digest, tree_digest
 from springhead.lineage.ledger import Ledger
@@ -359,12 +359,15 @@ class _Execution(Generic[P]):
     def _put_in_place(self, stage: Stage[P], target: Path, receipt: dict[str, Any]) -> None:
         """Makes the outputs durable and renames them: a reader sees all of one or none."""
         _fsync_tree(stage.out)
+        receipt_file = self.root / self.declared.receipt
+        receipt_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._staged(self.declared.receipt), receipt)  # if the disk is full, it is now
         if target.exists() or target.is_symlink():
             _remove(target)
         os.replace(stage.out, target)
         if self.declared.metrics is not None:
             os.replace(self._staged(self.declared.metrics), self.root / self.declared.metrics)
-        write_json_atomic(self.root / self.declared.receipt, receipt)
+        os.replace(self._staged(self.declared.receipt), receipt_file)
         _fsync_folder(target.parent)
 
     # -- how it ended ---------------------------------------------------------------------------
@@ -378,8 +381,9 @@ class _Execution(Generic[P]):
             shutil.move(stage.out, kept)
             print(f"{self.declared.name}: its findings are kept in {kept}", file=sys.stderr)
         _remove(stage.out)
-        if self.declared.metrics is not None:
-            _remove(self._staged(self.declared.metrics))
+        for path in (self.declared.metrics, self.declared.receipt):
+            if path is not None:
+                _remove(self._staged(path))
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         message = str(error) or type(error).__name__
         try:
@@ -458,7 +462,7 @@ def _sweep(target: Path) -> None:
     """Removes temporary siblings left by executions that were killed."""
     for left in target.parent.glob(f".{target.name}.tmp-*"):
         pid = left.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+        if not (pid.isdigit() and environment.alive(int(pid))):
             _remove(left)
 
 

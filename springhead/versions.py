@@ -7,12 +7,12 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from springhead import signing, tracking
-from springhead.errors import BadInput
+from springhead.errors import BadInput, Finding
 from springhead.keys import Keys
 from springhead.lineage.digests import files_digest, tree_files
 from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS
@@ -150,9 +150,18 @@ def download(root: Path, home: Path, ref: str, target: Path) -> Path:
         raise BadInput(f"{target}: not an empty folder; name a new one to download into")
     target.mkdir(parents=True, exist_ok=True)
     version = tracking.connect(home).get_model_version(found.name, found.version)
+    keys = Keys.of(root, home)
+    uri = f"models:/{found.name}/{found.version}"
+    summaries = [s["predicate"] for _, s in signing.statements(home, keys, found.digest) if _is_summary(s)]
+    if not any(summary.get("resourceUri") == uri for summary in summaries):
+        raise Finding(f"{ref}: no signed promotion says that {uri} is the model {found.digest[:12] or '(none)'}")
     folder = _inside(_fetch(version, target), version)
-    signing.verify(folder, home, Keys.of(root, home), found.digest)
+    signing.verify(folder, home, keys, found.digest)
     return folder
+
+
+def _is_summary(statement: dict[str, Any]) -> bool:
+    return bool(statement.get("predicateType") == signing.SUMMARY)
 
 
 def _registered(version: "ModelVersion", aliases: dict[str, str]) -> Registered:

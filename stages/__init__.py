@@ -11,9 +11,19 @@ import select
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 _SHELLS = {"sh", "dash", "bash", "zsh", "ksh", "fish", "ash", "busybox"}
+
+
+def _started(process: int) -> str:
+    """Returns when a process started, which tells it from a later one of the same number; empty once it is gone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def _die_with_dvc() -> None:
@@ -30,12 +40,22 @@ def _die_with_dvc() -> None:
         name, _, rest = Path(f"/proc/{os.getppid()}/stat").read_text().partition("(")[2].rpartition(")")
         if name not in _SHELLS:
             return
-        watched = os.pidfd_open(int(rest.split()[1]))
-    except OSError:
+        dvc = int(rest.split()[1])
+        started = _started(dvc)
+        if not started:
+            raise ProcessLookupError
+    except (FileNotFoundError, ProcessLookupError):
         os.kill(os.getpid(), signal.SIGKILL)  # they died while this process started
+    try:
+        watched = os.pidfd_open(dvc)
+    except OSError:  # an old kernel, or a sandbox that forbids it
+        watched = -1
 
     def watch() -> None:
-        select.select([watched], [], [])
+        if watched >= 0:
+            select.select([watched], [], [])
+        while _started(dvc) == started:
+            time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="dvc-watch", daemon=True).start()

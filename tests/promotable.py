@@ -64,6 +64,7 @@ class Checkout:
         self.home.mkdir(parents=True, exist_ok=True)
         (root / "mlflow").mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / "mlflow" / "gates.yaml", root / "mlflow" / "gates.yaml")
+        (root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
 
     def receipt(self, stage: str, output: str, reads: list[str], models: list[str] | None = None) -> None:
         """Writes the receipt of a stage as it stands now, and its ledger entry."""

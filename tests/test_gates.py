@@ -12,6 +12,7 @@ from springhead.evidence import read_evidence
 from springhead.jsonio import read_json, write_json
 from springhead.keys import Keys
 from springhead.lineage.ledger import Ledger
+from springhead.lineage.receipts import describe
 from tests.promotable import NAME, REPOSITORY, TASK, Checkout
 
 
@@ -242,7 +243,25 @@ def test_a_champion_that_breaks_a_bound_holds_nobody_back(checkout: Checkout) ->
     assert judgement.chosen is not None
     assert judgement.chosen.label == "bc-safe seed 1"  # 0.45 against 0.6
     reasons = next(gates for c, gates in judgement.results if c.label == "bc-safe seed 1")
-    assert "it breaks the bound normalised_cost" in reasons[-1].reason
+    assert any("it breaks the bound normalised_cost" in gate.reason for gate in reasons)
+
+
+@pytest.mark.fault
+def test_evidence_that_no_execution_wrote_closes_the_gate(checkout: Checkout) -> None:
+    """Whoever can write files can write a receipt that fits them; only the harness enters it in the ledger."""
+    path = f"data/rl/evaluate/{TASK}/summary.json"
+    summary = read_json(checkout.root / path)
+    for model in summary["models"]:
+        model["limits"]["20"]["normalised_return"] += 0.3
+    write_json(checkout.root / path, summary)
+    receipt = checkout.root / f"data/receipts/rl-evaluate@{TASK}.json"
+    facts = read_json(receipt)
+    facts["outputs"] = {f"data/rl/evaluate/{TASK}": describe(checkout.root / f"data/rl/evaluate/{TASK}")}
+    write_json(receipt, facts)
+    judgement = judge(checkout)
+    assert judgement.chosen is None
+    reasons = closed(judgement)["cdt seed 0"]["receipts"]
+    assert reasons == f"the ledger has no execution that wrote the receipt of rl-evaluate@{TASK}"
 
 
 def test_missing_figures_and_references_close_the_gate(checkout: Checkout) -> None:

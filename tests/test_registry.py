@@ -184,7 +184,10 @@ def test_a_promotion_that_dies_anywhere_is_completed_by_the_next(
     (champion,) = registry.champions(checkout.home)
     assert champion.version == promotions(checkout)[-1]["version"]
     assert len(promotions(checkout)) == 1
-    assert len(registry.versions_of(checkout.home, NAME)) == 1
+    # A version that was registered but not entered stays behind, marked, and is not used again.
+    known = registry.versions_of(checkout.home, NAME)
+    assert [v.version for v in known if v.tags["gate.verdict"] == "passed"] == [champion.version]
+    assert not audit(checkout.root).red
 
 
 def test_references_in_every_form(checkout: Checkout) -> None:
@@ -450,3 +453,71 @@ def test_a_key_in_a_kms_signs_through_a_program(checkout: Checkout, monkeypatch:
     monkeypatch.setenv("SPRINGHEAD_SIGNING_COMMAND", "false")
     with pytest.raises(BadInput, match="false failed"):
         promote(checkout, challenger=True)
+
+
+@pytest.mark.fault
+def test_serving_code_swapped_in_the_store_is_never_promoted(checkout: Checkout) -> None:
+    promote(checkout)
+    promote(checkout, challenger=True)
+    client = tracking.connect(checkout.home)
+    stored = versions.local(client, registry.versions_of(checkout.home, NAME)[1])
+    assert stored is not None
+    code = stored / "serving.py"
+    code.write_text(code.read_text() + "# more\n")
+    assert any(str(code) in p.what for p in audit(checkout.root).problems if p.severity == "red")
+    challenger = promotions(checkout)[-1]["digest"]
+    result = promote(checkout, model=challenger[:12])
+    assert result.version == "3"  # not the version that was touched
+    new = versions.local(client, registry.versions_of(checkout.home, NAME)[2])
+    assert new is not None
+    assert "# more" not in (new / "serving.py").read_text()
+
+
+@pytest.mark.fault
+def test_a_rollback_is_not_undone_by_the_next_promotion(checkout: Checkout) -> None:
+    promote(checkout)
+    second = better(checkout)
+    registry.rollback(NAME, checkout.root, checkout.home, reason="it drifts")
+    again = promote(checkout)
+    assert again.digest != second.digest
+    assert promote(checkout, model=second.digest[:12]).digest == second.digest  # by name it may come back
+    assert promote(checkout).digest == second.digest
+
+
+@pytest.mark.fault
+def test_a_forged_promotion_is_not_signed_by_the_next_entry(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote(checkout)
+    better(checkout)
+    keys = Keys.of(checkout.root, checkout.home)
+    old = promotions(checkout)[0] | {"action": "rollback", "promoted_as": "champion"}
+    Ledger(checkout.home).append("promotion", old)
+    tracking.connect(checkout.home).set_registered_model_alias(NAME, "champion", "1")
+    Ledger(checkout.home).append("failure", {"execution": "x", "stage": "rl-make"}, keys)
+    assert "a promotion that nobody signed" in capsys.readouterr().err
+    whats = [p.what for p in audit(checkout.root).problems if p.severity == "red"]
+    assert any("its ledger entry is not signed" in what for what in whats)
+    with pytest.raises(Finding, match="is a promotion that nobody signed"):
+        promote(checkout)
+
+
+@pytest.mark.fault
+def test_a_ledger_that_is_gone_is_not_begun_anew(checkout: Checkout, capsys: pytest.CaptureFixture[str]) -> None:
+    promote(checkout)
+    (checkout.home / "ledger.jsonl").unlink()
+    keys = Keys.of(checkout.root, checkout.home)
+    Ledger(checkout.home).append("failure", {"execution": "x", "stage": "rl-make"}, keys)
+    assert "are left" in capsys.readouterr().err
+    assert any("was promoted, but the ledger has no such entry" in p.what for p in audit(checkout.root).problems)
+
+
+@pytest.mark.fault
+def test_a_model_that_was_never_promoted_as_this_version_is_not_handed_out(checkout: Checkout, tmp_path: Path) -> None:
+    promote(checkout)
+    client = tracking.connect(checkout.home)
+    version = client.get_model_version(NAME, "1")
+    client.create_registered_model("policy-CarRun")
+    client.create_model_version("policy-CarRun", version.source, tags=dict(version.tags), model_id=version.model_id)
+    with pytest.raises(Finding, match="no signed promotion says that models:/policy-CarRun/1"):
+        registry.download(checkout.root, checkout.home, "policy-CarRun/1", tmp_path / "got")

@@ -14,6 +14,7 @@ from typing import Any
 
 from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import read_json
+from springhead.keys import changed_keys
 from springhead.lineage.digests import file_digest, files_digest
 from springhead.lineage.dvcfiles import cache_objects, directory_md5, file_md5
 from springhead.lineage.head import FILE as HEAD
@@ -104,6 +105,9 @@ def check_outputs(ws: Workspace) -> None:
     """Compares every output file with the digest in the receipt of the stage that made it."""
     for stage, receipt in ws.graph.receipts.items():
         for out, facts in receipt["outputs"].items():
+            for link in ws.linked_folders(out):
+                what = "was added: a link to a folder, which the receipt does not name"
+                ws.report(RED, "outputs", what, link, f"remove it, then `dvc checkout {out}`", [stage])
             recorded: dict[str, str] = facts.get("files", {"": facts["sha256"]})
             listing = ws.files[out]
             ws.count("outputs", len(recorded))
@@ -155,6 +159,9 @@ def check_links(ws: Workspace) -> None:
         if not link.verified:
             what = f"{link.stage} read other data than {', '.join(link.makers)} made since"
             ws.report(RED, "links", what, link.path, f"`dvc repro {link.stage}`", [link.stage])
+        elif not link.makers and (maker := ws.maker(link.path)):
+            what = f"was made by {maker}, whose receipt is gone: nothing says how"
+            ws.report(RED, "links", what, link.path, f"`dvc checkout` or `dvc repro {maker}`", [link.stage])
         elif not link.makers and ws.sha256(link.path) != link.sha256:
             what = f"has changed since {link.stage} read it"
             ws.report(RED, "links", what, link.path, f"restore it, or `dvc repro {link.stage}`", [link.stage])
@@ -170,6 +177,10 @@ def check_links(ws: Workspace) -> None:
 
 def check_lock(ws: Workspace) -> None:
     """Compares ``dvc.lock`` and the objects it names in DVC's cache with the receipts and the workspace."""
+    if ws.graph.receipts and not (ws.root / "dvc.lock").exists():
+        what = "is missing, but stages have run: nothing says which content belongs to them"
+        ws.report(RED, "dvc.lock", what, "dvc.lock", "`git checkout dvc.lock`, or `dvc repro`", ws.graph.receipts)
+        return
     for stage in sorted(ws.graph.receipts.keys() | ws.lock.keys()):
         receipt, locked = ws.graph.receipts.get(stage), ws.locked.get(stage)
         path = receipt_path(Path(), stage).as_posix()
@@ -302,6 +313,10 @@ def check_ledger(ws: Workspace) -> None:
     executions = [entry["body"] for entry in entries if entry["kind"] == "execution"]
     written = {(body["stage"], body["receipt"]) for body in executions}
     known = {body["stage"] for body in executions}
+    for stage in sorted(known & ws.declared.keys() - ws.graph.receipts.keys() - ws.lock.keys()):
+        what = "was executed by the ledger, but neither a receipt nor dvc.lock knows it: what it made cannot be checked"
+        readers = [s for s, d in ws.declared.items() if set(d.dependencies) & set(ws.declared[stage].outputs)]
+        ws.report(RED, "ledger", what, stage, f"`dvc repro {stage}`", readers)
     for stage in ws.graph.receipts:
         path = receipt_path(ws.root, stage)
         if (stage, ws.hashes[path]) not in written:
@@ -322,6 +337,9 @@ def check_signatures(ws: Workspace) -> None:
         where, _, what = problem.partition(": ")
         if "no trusted key" not in what or promotions(_entries(ws)):
             ws.report(RED, "keys", what, where, "see docs/guide/signing.md", ws.graph.receipts)
+    for name in changed_keys(ws.root):
+        what = "is trusted here, but is not what the last commit has: nobody reviewed it"
+        ws.report(RED, "keys", what, name, f"`git checkout {name}`, remove it, or commit it after a review")
     try:
         ws.keys.public()
     except BadInput:  # a trusted key that cannot be read, which is named above: nothing can be verified

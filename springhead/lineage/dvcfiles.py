@@ -7,6 +7,7 @@ a cache object by its file mode, so a changed byte would go unseen.
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -16,9 +17,11 @@ from typing import Any
 import yaml
 
 from springhead.errors import BadInput
+from springhead.lineage.receipts import is_inside
 from springhead.params import Loader
 
 _BLOCK = 1 << 20
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 def file_md5(path: Path) -> str:
@@ -92,8 +95,8 @@ def cache_folder(root: Path) -> Path:
 
 
 def object_path(cache: Path, md5: str) -> Path:
-    """Returns where the cache keeps the object of a hash."""
-    return cache / md5[:2] / md5[2:]
+    """Returns where the cache keeps the object of a hash; a text that is no hash has no object."""
+    return cache / md5[:2] / md5[2:] if _MD5.fullmatch(md5) else cache / "no-such-object"
 
 
 def folder_listing(path: Path, md5: str) -> dict[str, str] | None:
@@ -102,7 +105,8 @@ def folder_listing(path: Path, md5: str) -> dict[str, str] | None:
         content = path.read_bytes()
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5.removesuffix(".dir"):
             return None
-        return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
+        found = {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
+        return found if all(is_inside(name) for name in found) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

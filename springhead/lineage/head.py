@@ -40,6 +40,9 @@ def check_head(ledger: Ledger, keys: Keys) -> HeadState:
     from springhead import signing
 
     path, digests = ledger.path.with_name(FILE), ledger.digests()
+    broken = ledger.verify()
+    if broken:
+        return HeadState(broken[0], 0, len(digests))
     if not path.is_file():
         missing = f"{path.name} is missing: nothing vouches for the end of the ledger" if digests else ""
         return HeadState(missing, 0, len(digests))
@@ -60,21 +63,29 @@ def check_head(ledger: Ledger, keys: Keys) -> HeadState:
 def sign_head(ledger: Ledger, keys: Keys, accept: bool = False) -> None:
     """Signs the ledger as it ends now; the caller holds its lock.
 
+    Entries that nobody signed are taken over, since a signer may have been out of reach, but not
+    promotions: whoever can write to the file could otherwise have the next stage sign theirs.
+
     Args:
         ledger: the ledger.
         keys: the keys of the checkout.
         accept: sign also where the ledger does not fit its old head, because a person looked at it.
 
     Raises:
-        Finding: if the ledger was cut or changed before its old head, which a new one would hide.
+        Finding: if the ledger was cut or changed before its old head, which a new one would hide, or
+            holds a promotion that was not signed when it was made.
         BadInput: if the key cannot be used.
     """
     from springhead import signing
 
     entries, head = ledger.extent()
     state = check_head(ledger, keys)
-    if state.problem and entries > 1 and not accept:
+    first = entries <= 1 and not ledger.path.with_name(FILE).is_file()
+    if state.problem and not first and not accept:
         raise Finding(f"{ledger.path}: {state.problem}; see `springhead audit`")
+    between = ledger.entries()[state.signed : entries - 1]
+    if not accept and any(entry["kind"] == "promotion" for entry in between):
+        raise Finding(f"{ledger.path}: holds a promotion that nobody signed; see `springhead audit`")
     if entries:
         value = {"entries": entries, "head": head}
         write_json_atomic(ledger.path.with_name(FILE), signing.envelope(value, _KIND, keys))

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 
 GENESIS = "0" * 64
 _KEYS = ("seq", "prev", "time", "kind", "body")
+# What every reader of an entry of a kind may rely on.
+_BODY = {"execution": ("execution", "stage", "receipt"), "promotion": ("model", "version", "digest")}
+
+
+def _check(entry: Any) -> None:
+    """Raises KeyError, TypeError or ValueError unless a value is an entry that readers can rely on."""
+    if any(key not in entry for key in _KEYS) or not isinstance(entry["seq"], int):
+        raise ValueError("not an entry")
+    if any(not isinstance(entry["body"][key], str) for key in _BODY.get(entry["kind"], ())):
+        raise ValueError("a digest, name or version is no text")
 
 
 class Ledger:
@@ -77,7 +87,7 @@ class Ledger:
 
                 try:
                     head.sign_head(self, keys)
-                except SpringheadError as error:
+                except (SpringheadError, OSError) as error:
                     print(f"warning: the head of the ledger is not signed: {error}", file=sys.stderr)
         return entry
 
@@ -124,8 +134,7 @@ class Ledger:
         for number, line in enumerate(self._lines(), start=1):
             try:
                 entry = json.loads(line)
-                if not isinstance(entry["body"], dict) or not all(key in entry for key in _KEYS):
-                    raise ValueError("not an entry")
+                _check(entry)
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{self.path}:{number}: damaged line; restore the file from a backup") from error
             found.append(entry)
@@ -150,6 +159,7 @@ class Ledger:
         for number, line in enumerate(self._lines(), start=1):
             try:
                 entry = json.loads(line)
+                _check(entry)
                 if entry["prev"] != expected:
                     problems.append(
                         f"{self.path}:{number}: does not follow line {number - 1}: a line was changed, removed or moved"

@@ -39,3 +39,17 @@ def standing(entries: Iterable[dict[str, Any]], alias: str = CHAMPION) -> dict[s
         if name in challenger and challenger[name]["digest"] == body["digest"]:
             del challenger[name]  # it won
     return {CHAMPION: champion, CHALLENGER: challenger, PREVIOUS: before}[alias]
+
+
+def withdrawn(entries: Iterable[dict[str, Any]], name: str) -> frozenset[str]:
+    """Returns the digests of models from which somebody rolled back, and that were not promoted since."""
+    found: set[str] = set()
+    for entry in promotions(entries):
+        body = entry["body"]
+        if body["model"] != name:
+            continue
+        if body.get("action") == ROLLBACK and body.get("previous"):
+            found.add(str(body["previous"]["digest"]))
+        if is_champion(body):
+            found.discard(str(body["digest"]))
+    return frozenset(found)

@@ -4,6 +4,8 @@ A receipt holds deterministic facts only, so executing a stage again gives the s
 is a DVC output (``data/receipts/<stage>.json``) that no stage depends on.
 """
 
+import os
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ def describe(path: Path) -> dict[str, Any]:
 def receipt_path(root: Path, stage: str) -> Path:
     """Returns where the receipt of a stage such as ``rl-collect@BallCircle`` lies."""
     return root / FOLDER / f"{stage}.json"
+
+
+def is_inside(path: object) -> bool:
+    """Tells whether a path is relative, normalised and does not lead out of the repository."""
+    return (
+        isinstance(path, str)
+        and path not in ("", ".", "..")
+        and not path.startswith(("/", "../"))
+        and (posixpath.normpath(path) == path)
+    )
 
 
 _SHAPE: dict[str, type] = {
@@ -55,12 +67,15 @@ def checked_receipt(path: Path) -> dict[str, Any]:
     try:
         facts = [*receipt["outputs"].values(), *receipt["dependencies"].values(), *receipt["models"]]
         facts += [d for d in receipt["datasets"] if (d["path"], d["role"], d["rows"])]
-        digests = [str(fact["sha256"]) for fact in facts] + [receipt["code"]["digest"]]
+        digests = [fact["sha256"] for fact in facts] + [receipt["code"]["digest"]]
         digests += [d for fact in facts for d in fact.get("files", {}).values()]
         digests += [*receipt["code"]["files"].values(), *receipt["environment"]["lock"].values()]
         paths = [model["path"] for model in receipt["models"] if (model["kind"], model.get("facts", {}))]
-        if not all(isinstance(text, str) for text in [*digests, *paths]):
-            wrong.append("a digest")
+        paths += [*receipt["outputs"], *receipt["dependencies"], *receipt["code"]["files"]]
+        paths += [data["path"] for data in receipt["datasets"]] + [n for f in facts for n in f.get("files", {})]
+        if not all(isinstance(digest, str) for digest in digests):
+            wrong.append("a digest that is no text")
+        wrong += [f"path {path!r}" for path in paths if not is_inside(path)][:3]
     except (KeyError, TypeError, AttributeError) as error:
         wrong.append(str(error))
     if wrong:
@@ -72,6 +87,9 @@ def read_receipts(root: Path) -> dict[str, dict[str, Any]]:
     """Returns all receipts of a checkout by stage name, sorted by name.
 
     Raises:
-        BadInput: naming the file, if one is not valid JSON.
+        BadInput: naming the file, if one is not what the harness writes.
     """
-    return {path.stem: read_json(path) for path in sorted((root / FOLDER).glob("*.json"))}
+    folder = root / FOLDER
+    # Sorting names, not paths, and listing once: a history may have thousands of receipts.
+    names = sorted(entry.name for entry in os.scandir(folder)) if folder.is_dir() else []
+    return {name[:-5]: checked_receipt(folder / name) for name in names if name.endswith(".json")}

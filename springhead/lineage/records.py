@@ -11,7 +11,6 @@ import urllib.request
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from springhead.errors import SpringheadError
 from springhead.lineage.ledger import GENESIS
 from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, promotions, standing
 from springhead.lineage.workspace import RED, WARNING, Workspace
@@ -39,7 +38,7 @@ def check(ws: Workspace, deep: bool) -> None:
     try:
         _registry(ws, entries, deep)
         _runs(ws, entries)
-    except SpringheadError as error:
+    except Exception as error:  # MLflow lets errors of its stores and of the network through
         severity = RED if promotions(entries) else WARNING
         ws.report(severity, "registry", f"cannot be compared ({error})", "MLflow", "start MLflow, then audit again")
     if os.environ.get("PREFECT_API_URL"):
@@ -101,18 +100,22 @@ def _versions(ws: Workspace, name: str, entries: list[dict[str, Any]], held: "li
     for version in held:
         ws.count("versions")
         where, body = f"{name}/{version.version}", bodies.pop(version.version, None)
+        if version.tags.get("ledger.head", GENESIS) not in heads:
+            what = "was registered on a ledger that ended otherwise: the ledger was cut or put back since"
+            ws.report(RED, "registry", what, where, "restore ledger.jsonl from a backup", _stages(ws, version.digest))
         if body is None:
-            what = "was not promoted by any entry of the ledger: a promotion was interrupted, or somebody registered it"
-            ws.report(WARNING, "registry", what, where, f"`springhead promote {name}`, or delete it in MLflow")
+            # The tag is set after the entry, so a promotion that was killed leaves a pending version.
+            passed = version.tags.get("gate.verdict") == "passed"
+            what = "was promoted, but the ledger has no such entry: it was cut or put back, or the tag was set by hand"
+            if not passed:
+                what = "was never promoted: a promotion was interrupted, or somebody registered it"
+            ws.report(RED if passed else WARNING, "registry", what, where, "restore the ledger, or delete it in MLflow")
             continue
         stages = _stages(ws, body["digest"])
         other = [tag for tag, key in _SAME.items() if version.tags.get(tag) != str(body.get(key))]
         if other:
             what = f"names another {', '.join(other)} than its promotion (ledger)"
             ws.report(RED, "registry", what, where, f"`springhead promote {name}`, after finding out who", stages)
-        if version.tags.get("ledger.head", GENESIS) not in heads:
-            what = "was registered on a ledger that ended otherwise: the ledger was cut or put back since"
-            ws.report(RED, "registry", what, where, "restore ledger.jsonl from a backup", stages)
         # A store elsewhere is read for what is in use; with --deep for all.
         if client is None or not (version.aliases or deep or versions.local(client, version)):
             continue
@@ -196,7 +199,7 @@ def _prefect(ws: Workspace, entries: list[dict[str, Any]], api: str) -> None:
         mine = [e["body"] for e in entries if e["kind"] == "execution" and e["body"].get("flow_run") == flow]
         stages = sorted({body["stage"] for body in mine})
         if state == "RUNNING" and not _alive(mine):
-            what = "is RUNNING by the Prefect server, but none of its processes lives: it was killed"
+            what = "is RUNNING by the Prefect server, but executed nothing for six hours: it was killed, or hangs"
             ws.report(WARNING, "prefect", what, f"flow run {flow}", f"`prefect flow-run cancel {flow}`", stages)
         elif state in ("CRASHED", "CANCELLED", "FAILED") and any(body["receipt"] in promoted for body in mine):
             what = f"is {state} by the Prefect server, but a model it made was promoted"

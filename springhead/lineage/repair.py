@@ -17,6 +17,7 @@ from pathlib import Path
 from springhead.lineage.audit import Audit, audit
 from springhead.lineage.digests import file_digest
 from springhead.lineage.dvcfiles import file_md5
+from springhead.lineage.head import check_head
 from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, standing
 from springhead.lineage.workspace import RED, Workspace
 
@@ -158,8 +159,12 @@ def _aliases(root: Path, note: Say) -> None:
     from springhead import attestations, tracking, versions
 
     workspace = Workspace(root)
+    state = check_head(workspace.ledger, workspace.keys)
+    entries = [] if state.problem else workspace.ledger.entries()
+    if state.problem or any(entry["kind"] == "promotion" for entry in entries[state.signed :]):
+        note("the aliases are left alone: the ledger that says where they belong cannot be believed")
+        return
     client = tracking.connect(workspace.home)
-    entries = workspace.ledger.entries()
     for alias in (CHAMPION, CHALLENGER, PREVIOUS):
         for name, body in standing(entries, alias).items():
             version = str(body["version"])

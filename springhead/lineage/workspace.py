@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from springhead.declared import Declared, read_stages
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.keys import Keys
@@ -16,7 +17,7 @@ from springhead.lineage.dvcfiles import cache_folder, folder_listing, object_pat
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.promotions import standing
-from springhead.lineage.receipts import FOLDER, checked_receipt, receipt_path
+from springhead.lineage.receipts import FOLDER, checked_receipt, is_inside, receipt_path
 
 RED, WARNING = "red", "warning"
 
@@ -93,6 +94,27 @@ class Workspace:
             return {item.relative_to(path).as_posix(): item for item in sorted(found)}
         return {"": path} if path.is_file() else {}
 
+    def linked_folders(self, out: str) -> list[str]:
+        """Returns links to folders inside an output: what they lead to is listed nowhere."""
+        path = self.root / out
+        found = (item for item in path.rglob("*") if item.is_symlink() and item.is_dir()) if path.is_dir() else ()
+        return sorted(item.relative_to(self.root).as_posix() for item in found)
+
+    @cached_property
+    def declared(self) -> dict[str, Declared]:
+        """The stages of ``dvc.yaml``; none where DVC cannot read it, which it says by itself."""
+        try:
+            return read_stages(self.root, self.home / "declared")
+        except BadInput:
+            return {}
+
+    def maker(self, path: str) -> str | None:
+        """Returns the stage that ``dvc.yaml`` declares to make a path."""
+        for stage, declared in self.declared.items():
+            if any(path == out or path.startswith(out + "/") or out.startswith(path + "/") for out in declared.outputs):
+                return stage
+        return None
+
     def _hashed(self, paths: list[Path], progress: Callable[[int, int], None] | None) -> dict[Path, str]:
         """Returns the SHA-256 of files; a file that is linked to the cache is read once."""
         same: dict[tuple[int, int], Path] = {}
@@ -167,7 +189,8 @@ class Locked:
     @classmethod
     def of(cls, entry: dict[str, Any], root: Path) -> "Locked":
         """Reads the outputs of a stage of ``dvc.lock``."""
-        outs = {str(out["path"]): str(out.get("md5", "")) for out in entry.get("outs", [])}
+        listed = ((str(out["path"]), str(out.get("md5", ""))) for out in entry.get("outs", []))
+        outs = {path: md5 for path, md5 in listed if is_inside(path)}
         cache = cache_folder(root)
         objects: list[tuple[str, str, Path]] = []
         broken: dict[str, Path] = {}
@@ -191,8 +214,16 @@ def digests_of(
     found: dict[Path, str] = {}
     ordered = sorted(paths, key=lambda path: -sizes.get(path, 0))  # so that no core ends with a big one alone
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib and read() release the GIL
-        for done, (path, digest) in enumerate(zip(ordered, pool.map(file_digest, ordered), strict=True), start=1):
+        for done, (path, digest) in enumerate(zip(ordered, pool.map(_digest, ordered), strict=True), start=1):
             found[path] = digest
             if progress is not None:
                 progress(done, len(ordered))
     return found
+
+
+def _digest(path: Path) -> str:
+    """Returns the digest of a file, or why it has none, which equals no digest."""
+    try:
+        return file_digest(path)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"

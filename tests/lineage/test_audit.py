@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from springhead.errors import BadInput
 from springhead.keys import Keys
 from springhead.lineage.audit import Audit, audit
 from springhead.lineage.dvcfiles import directory_md5, file_md5, read_lock
+from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.query import lineage_of_model
+from springhead.lineage.repair import repair
 from springhead.lineage.workspace import RED, WARNING
 from tests.conftest import Project
 from tests.lineage.sample import TASK
@@ -321,7 +324,7 @@ def test_a_promoted_champion_is_green_and_its_damage_is_red(promoted: Path) -> N
     client.set_registered_model_alias("mend-small-llama", "champion", "2")
     found = [p.what for p in audit(promoted).problems]
     assert any("moved by hand" in what for what in found)
-    assert any("was not promoted by any entry of the ledger" in what for what in found)
+    assert any("was promoted, but the ledger has no such entry" in what for what in found)
     client.delete_registered_model_alias("mend-small-llama", "champion")
     assert "nothing carries the alias champion now" in audit(promoted).problems[0].what
 
@@ -352,3 +355,76 @@ def test_an_entry_that_no_promotion_wrote_is_named(root: Path) -> None:
     whats = [p.what for p in audit(root).problems if p.check == "signatures"]
     assert any("it lacks action" in what for what in whats)
     assert any("its ledger entry is not signed" in what for what in whats)
+
+
+# -- hostile records ------------------------------------------------------------------------------
+
+
+def test_every_bit_of_the_signed_head_counts(root: Path) -> None:
+    """Neither the key's name nor the spare bits of base64 may change unseen."""
+    home = root / ".springhead"
+    keys, path = Keys.of(root, home), home / "ledger.head.json"
+    whole = path.read_bytes()
+    unseen = []
+    for place in range(len(whole)):
+        for bit in (0, 3, 5):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(bytes(changed))
+            if not check_head(Ledger(home), keys).problem:
+                unseen.append((place, bit))
+    assert unseen == []
+
+
+def test_hashes_and_paths_that_lead_out_are_no_hashes_and_paths(root: Path, tmp_path: Path) -> None:
+    treasure = tmp_path / "treasure"
+    treasure.write_text("mine")
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    name = f"rl-train@{TASK}-cdt-1"
+    lock["stages"][name]["outs"][0]["md5"] = f"ab{treasure}"
+    lock["stages"][name]["outs"].append({"path": "../treasure", "md5": "0" * 32})
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert audit(root).red
+    repair(root, execute=False)
+    assert treasure.read_text() == "mine"
+    receipt = json.loads((root / RECEIPT).read_text())
+    for path in ("/", "../x", "data/../../x", ""):
+        (root / RECEIPT).unlink()
+        (root / RECEIPT).write_text(json.dumps(receipt | {"outputs": {path: {"sha256": "0" * 64, "bytes": 0}}}))
+        assert RECEIPT in {p.where for p in audit(root).problems if p.severity == RED}
+
+
+def test_a_link_to_a_folder_inside_an_output_is_red(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = (root / WEIGHTS).with_name("inner")
+    link.symlink_to(tmp_path / "elsewhere")
+    assert f"outputs {link.relative_to(root)}" in red(audit(root))
+
+
+def test_a_stage_whose_receipt_and_lock_entry_are_both_gone_is_red(root: Path) -> None:
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    name = f"rl-validate@{TASK}"
+    del lock["stages"][name]
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    (root / f"data/receipts/{name}.json").unlink()
+    assert f"ledger {name}" in red(audit(root))
+
+
+def test_a_missing_lock_file_is_red(root: Path) -> None:
+    (root / "dvc.lock").unlink()
+    assert red(audit(root)) == {"dvc.lock dvc.lock"}
+
+
+def test_a_trusted_key_that_nobody_committed_is_red(root: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
+
+    git("init", "-q")
+    assert not audit(root).red  # made on first use, not committed yet
+    git("add", "-f", "mlflow/trusted-keys")
+    git("commit", "-qm", "who may sign")
+    assert not audit(root).red
+    (known,) = (root / "mlflow/trusted-keys").iterdir()
+    shutil.copy(known, known.with_name("another.pem"))
+    assert red(audit(root)) == {"keys mlflow/trusted-keys/another.pem"}

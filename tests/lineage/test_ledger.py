@@ -11,7 +11,7 @@ from springhead.lineage.ledger import GENESIS, Ledger
 def _filled(tmp_path: Path, count: int = 5) -> Ledger:
     ledger = Ledger(tmp_path)
     for number in range(count):
-        ledger.append("execution", {"number": number})
+        ledger.append("note", {"number": number})
     return ledger
 
 
@@ -51,14 +51,14 @@ def test_a_torn_last_line_is_dropped_by_the_next_append(tmp_path: Path) -> None:
     ledger = _filled(tmp_path, 2)
     with ledger.path.open("ab") as file:
         file.write(b'{"seq":2,"prev":"ab')  # a kill in the middle of a write
-    ledger.append("execution", {"number": 2})
+    ledger.append("note", {"number": 2})
     assert [e["body"]["number"] for e in ledger.entries()] == [0, 1, 2]
     assert ledger.verify() == []
 
 
 def _append_many(folder: Path, start: int) -> None:
     for number in range(20):
-        Ledger(folder).append("execution", {"number": start + number})
+        Ledger(folder).append("note", {"number": start + number})
 
 
 @pytest.mark.unit

@@ -281,7 +281,7 @@ def test_unknown_stages_lost_inputs_and_failing_stages_are_told_apart(light: Lig
 
 @pytest.mark.e2e
 def test_what_the_harness_made_is_made_again_and_a_killed_verification_is_swept(project: Project) -> None:
-    project.params("rows: 4, pause: 1.5")
+    project.params("rows: 4, pause: 4.0")
     project.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qam", "slow")
     project.run("dvc", "repro", "-q", "rl-use@a")
     before, command = files(project.root), [sys.executable, "-m", "springhead", "verify-repro"]

@@ -254,7 +254,12 @@ def keys(root: Path) -> Iterator[Symptom]:
         yield Symptom("keys", RED, f"ledger: {state.problem}", do, sign if missing and not book.verify() else None)
     elif state.unsigned:
         what = f"the last {state.unsigned} entries of the ledger are not signed yet"
-        yield Symptom("keys", WARNING, what, "the next run signs them; `springhead doctor --fix` does so now", sign)
+        do = (
+            "the next promotion signs them"
+            if mine.external
+            else "`springhead doctor --fix` signs them, if you know why"
+        )
+        yield Symptom("keys", WARNING, what, do, None if mine.external else sign)
     elif state.signed:
         yield Symptom("keys", GOOD, f"the head of the ledger is signed ({state.signed} entries)")
 

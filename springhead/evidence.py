@@ -164,6 +164,8 @@ def _signing_problems(root: Path, home: Path) -> list[str]:
     state = check_head(ledger, keys)
     if state.problem:
         return [f"ledger: {state.problem}"]
+    if state.unsigned and not keys.external:
+        return [f"ledger: its last {state.unsigned} entries are not signed; see `springhead doctor`"]
     forged = [e for e in ledger.entries()[state.signed :] if e["kind"] == "promotion"]
     return [f"ledger: entry {entry['seq']} is a promotion that nobody signed" for entry in forged]
 

@@ -20,6 +20,7 @@ from springhead.evidence import Candidate, Evidence, Sources, limit_named
 RULES = Path("mlflow/gates.yaml")
 _SEVERITIES = ("none", "warning", "critical")
 _LIMITS = ("lowest", "middle", "highest")
+_EVERYTHING = ("ledger", "keys")  # checks of what every promotion rests on
 _SHOWN = 3  # findings of the audit in one line
 
 
@@ -263,8 +264,7 @@ def _withdrawn(evidence: Evidence, candidate: Candidate) -> GateResult:
 
 def _audit(evidence: Evidence, candidate: Candidate) -> GateResult:
     """Nothing that the audit found red may concern this model, or everything."""
-    # What concerns no model may be the ledger or a key, on which everything rests.
-    found = [p for p in evidence.findings if candidate.path in p.affects or not p.affects]
+    found = [p for p in evidence.findings if candidate.path in p.affects or p.check in _EVERYTHING]
     return _listed("audit", [f"{p.where} {p.what}" for p in found[:_SHOWN]], "green for everything behind it")
 
 

@@ -498,7 +498,7 @@ def test_a_forged_promotion_is_not_signed_by_the_next_entry(
     assert "a promotion that nobody signed" in capsys.readouterr().err
     whats = [p.what for p in audit(checkout.root).problems if p.severity == "red"]
     assert any("its ledger entry is not signed" in what for what in whats)
-    with pytest.raises(Finding, match="is a promotion that nobody signed"):
+    with pytest.raises(Finding, match="its last 2 entries are not signed"):
         promote(checkout)
 
 

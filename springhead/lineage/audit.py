@@ -351,7 +351,7 @@ def check_signatures(ws: Workspace) -> None:
         ws.report(RED, "ledger", state.problem, where, do, ws.graph.receipts)
     elif state.unsigned:
         what = f"does not vouch for the last {state.unsigned} entries of the ledger yet"
-        ws.report(WARNING, "ledger", what, where, "the next run or promotion signs them")
+        ws.report(WARNING, "ledger", what, where, "`springhead doctor` says more")
     for entry in promotions(_entries(ws)):
         ws.count("promotions")
         body = entry["body"]

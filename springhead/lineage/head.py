@@ -63,8 +63,9 @@ def check_head(ledger: Ledger, keys: Keys) -> HeadState:
 def sign_head(ledger: Ledger, keys: Keys, accept: bool = False) -> None:
     """Signs the ledger as it ends now; the caller holds its lock.
 
-    Entries that nobody signed are taken over, since a signer may have been out of reach, but not
-    promotions: whoever can write to the file could otherwise have the next stage sign theirs.
+    Entries that were not signed when they were made are not signed by the way: whoever can write to the
+    file could otherwise have the next stage sign theirs. An external signer is asked for promotions
+    only, so with one, executions are signed late, but never a promotion.
 
     Args:
         ledger: the ledger.
@@ -73,7 +74,7 @@ def sign_head(ledger: Ledger, keys: Keys, accept: bool = False) -> None:
 
     Raises:
         Finding: if the ledger was cut or changed before its old head, which a new one would hide, or
-            holds a promotion that was not signed when it was made.
+            holds entries that were not signed when they were made.
         BadInput: if the key cannot be used.
     """
     from springhead import signing
@@ -86,6 +87,11 @@ def sign_head(ledger: Ledger, keys: Keys, accept: bool = False) -> None:
     between = ledger.entries()[state.signed : entries - 1]
     if not accept and any(entry["kind"] == "promotion" for entry in between):
         raise Finding(f"{ledger.path}: holds a promotion that nobody signed; see `springhead audit`")
+    if not accept and between and not keys.external:
+        raise Finding(
+            f"{ledger.path}: {len(between)} entries were not signed when they were made; once you know why, "
+            "`springhead doctor --fix` signs them"
+        )
     if entries:
         value = {"entries": entries, "head": head}
         write_json_atomic(ledger.path.with_name(FILE), signing.envelope(value, _KIND, keys))

@@ -35,7 +35,7 @@ def count_executions(project: Light) -> None:
 @pytest.mark.fault("F4")
 def test_a_second_repro_is_refused_at_once_and_the_first_ends_well(light: Light) -> None:
     count_executions(light)
-    light.write("params.yaml", light.read("params.yaml").replace("pause: 0", "pause: 3"))
+    light.write("params.yaml", light.read("params.yaml").replace("pause: 0", "pause: 8"))
     first = subprocess.Popen(["dvc", "repro", "-q", "a-make@x"], cwd=light.root, env=light.env)
     await_that(lambda: lines(light.root.parent / "executions"))
     second = light.run("dvc", "repro", "a-make@x", check=False)
@@ -111,7 +111,7 @@ def test_two_runs_of_one_commit_in_two_worktrees_share_the_work(light: Light) ->
         subprocess.Popen(command, cwd=place, env=light.env, text=True, stdout=subprocess.PIPE)
         for place in (light.root, second)
     ]
-    ended = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    ended = [json.loads(run.communicate(timeout=600)[0]) for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert sorted(lines(light.root.parent / "executions")) == ["check", "make x", "make y", "read", "sum"]
     for stage in ended[0]:

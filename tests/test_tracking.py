@@ -86,7 +86,8 @@ def contents(home: Path) -> dict[str, Any]:
 def test_one_run_with_params_curves_data_sets_and_model(home: Path) -> None:
     record(home, "e1")
     Ledger(home).append(
-        "execution", {"execution": "e1", "receipt": "r" * 64, "git": {"revision": "c0ffee", "dirty": True}}
+        "execution",
+        {"execution": "e1", "stage": "rl-train@x", "receipt": "r" * 64, "git": {"revision": "c0ffee", "dirty": True}},
     )
     report = tracking.replay(home)
     assert report.ok and report.replayed == ["e1"]

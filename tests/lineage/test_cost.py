@@ -61,7 +61,8 @@ def test_a_reference_leaves_only_what_is_behind_it(root: Path) -> None:
 
 
 def test_energy_is_added_where_it_was_read_and_absent_elsewhere(root: Path) -> None:
-    body = {"stage": TRAIN, "receipt": "0" * 64, "seconds": 1.0, "energy": {"package": 7200.0, "gpu": 30.0}}
+    body: dict[str, object] = {"execution": "x", "stage": TRAIN, "receipt": "0" * 64, "seconds": 1.0}
+    body["energy"] = {"package": 7200.0, "gpu": 30.0}
     Ledger(root / ".springhead").append("execution", body)
     answer = cost(root)
     entry = _stages(answer)[TRAIN]
@@ -108,9 +109,10 @@ def test_a_run_records_what_it_used_again_and_each_reuse_saves_what_the_result_t
 def test_the_execution_before_the_run_is_the_one_that_was_reused(root: Path) -> None:
     ledger = Ledger(root / ".springhead")
     receipt = next(e["body"]["receipt"] for e in ledger.entries() if e["body"]["stage"] == TRAIN)
-    ledger.append("execution", {"stage": TRAIN, "receipt": receipt, "seconds": 100.0})  # made again, slower
+    same = {"execution": "x", "stage": TRAIN, "receipt": receipt}
+    ledger.append("execution", same | {"seconds": 100.0})  # made again, slower
     _run(root, [TRAIN], [])
-    ledger.append("execution", {"stage": TRAIN, "receipt": receipt, "seconds": 1.0})  # and after the run
+    ledger.append("execution", same | {"seconds": 1.0})  # and after the run
     assert _stages(cost(root))[TRAIN]["saved"] == {"seconds": 100.0}
 
 

@@ -58,6 +58,7 @@ receipt = {
     "dependencies": {path: {"sha256": facts(pathlib.Path(path))["sha256"]} for path in reads},
     "code": {"digest": "", "files": {"work.py": sha("work.py")}},
     "outputs": {str(out): facts(out)},
+    "command": "true", "seed": 0, "environment": {"lock": {}}, "datasets": [], "models": [],
     "metrics": {"count": 4},
 }
 folder = pathlib.Path("data/receipts")
@@ -110,6 +111,7 @@ class Light:
             lock["stages"][f"rl-{name}"] = entry
             body = {
                 "stage": f"rl-{name}",
+                "execution": f"x-{name}",
                 "receipt": file_digest(receipt_path(self.root, f"rl-{name}")),
                 "git": {"revision": self.git("rev-parse", "HEAD")},
                 "seconds": 3.0,
@@ -286,7 +288,14 @@ def test_what_the_harness_made_is_made_again_and_a_killed_verification_is_swept(
     project.run("dvc", "repro", "-q", "rl-use@a")
     before, command = files(project.root), [sys.executable, "-m", "springhead", "verify-repro"]
     for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen([*command, "rl-make"], cwd=project.root, env=project.env, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "rl-make"],
+            cwd=project.root,
+            env=project.env,
+            stderr=subprocess.DEVNULL,
+            # A shell starts what it runs in the background with this signal ignored, which would be inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         left: list[Path] = []
         places = project.root / ".springhead/reproductions"
         await_that(lambda: left.extend(places.glob("*/trees/*/data/rl/.make.tmp-*")) or left)  # noqa: B023

@@ -221,9 +221,9 @@ def test_the_state_folder_never_gets_into_git(light: Light) -> None:
 def test_estimates_come_from_the_last_execution(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     assert last_seconds(tmp_path) == {}
-    ledger.append("execution", {"stage": "a", "seconds": 5.0})
+    ledger.append("execution", {"execution": "x", "receipt": "0" * 64, "stage": "a", "seconds": 5.0})
     ledger.append("failure", {"stage": "a", "seconds": 1.0})
-    ledger.append("execution", {"stage": "a", "seconds": 7.5})
+    ledger.append("execution", {"execution": "x", "receipt": "0" * 64, "stage": "a", "seconds": 7.5})
     assert last_seconds(tmp_path) == {"a": 7.5}
 
 

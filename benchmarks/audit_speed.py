@@ -26,7 +26,7 @@ import yaml
 from springhead.jsonio import write_json
 from springhead.keys import Keys
 from springhead.lineage.audit import audit
-from springhead.lineage.digests import file_digest, files_digest, json_digest
+from springhead.lineage.digests import file_digest, files_digest
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import describe, receipt_path
 from springhead.lineage.workspace import RED
@@ -65,7 +65,12 @@ def write_checkout(root: Path, size: int, seed: int = 0) -> list[Path]:
             "outputs": {out: facts}, "datasets": [], "models": [], "metrics": {},
         }  # fmt: skip
         write_json(receipt_path(root, stage), receipt)
-        body = {"stage": stage, "receipt": file_digest(receipt_path(root, stage)), "inputs": json_digest(stage)}
+        body = {
+            "execution": stage,
+            "stage": stage,
+            "receipt": file_digest(receipt_path(root, stage)),
+            "inputs": json_digest(stage),
+        }
         ledger.append("execution", body | {"outputs": {out: facts["sha256"]}, "models": []}, keys)
         names.append(f"part{part:02d}")
     _commit(root, names)
@@ -84,6 +89,7 @@ def _commit(root: Path, names: list[str]) -> None:
         with repo.config.edit() as config:
             config["core"]["analytics"] = False
             config["cache"]["type"] = "hardlink"
+    with contextlib.chdir(root), Repo(str(root)) as repo:
         repo.commit(force=True)
         repo.checkout(force=True, relink=True)  # a commit copies; this links, as the stages' outputs are
 

@@ -69,7 +69,6 @@ def write_checkout(root: Path, size: int, seed: int = 0) -> list[Path]:
             "execution": stage,
             "stage": stage,
             "receipt": file_digest(receipt_path(root, stage)),
-            "inputs": json_digest(stage),
         }
         ledger.append("execution", body | {"outputs": {out: facts["sha256"]}, "models": []}, keys)
         names.append(f"part{part:02d}")

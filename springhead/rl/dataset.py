@@ -50,6 +50,7 @@ class Episode:
         costs: float32 (T,), at least 0.
         terminals: bool (T,), True at the last step where the environment ended the episode.
         timeouts: bool (T,), True at the last step where the horizon ended it.
+        sub_costs: float32 (T, K), the separate constraint signals behind ``costs``, where the task has several.
     """
 
     observations: Floats
@@ -59,6 +60,7 @@ class Episode:
     costs: Floats
     terminals: Flags
     timeouts: Flags
+    sub_costs: Floats | None = None
 
     @property
     def length(self) -> int:
@@ -77,8 +79,9 @@ class Episode:
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 over the seven arrays: the episode's identity in every row table."""
-        return arrays_digest({key: getattr(self, key) for key in EPISODE_KEYS})
+        """SHA-256 over the seven arrays, and the sub-costs where there are any: its identity in every row table."""
+        arrays = {key: getattr(self, key) for key in EPISODE_KEYS}
+        return arrays_digest(arrays if self.sub_costs is None else {**arrays, "sub_costs": self.sub_costs})
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,16 @@
 """Environments that keep gymnasium's promises, and a runner of whole episodes.
 
-Bullet-Safety-Gym ignores ``reset(seed=...)``, draws from numpy's global generator, and lets an episode leak into
-the next one: motor targets and pending thrust outlive its state restore, so the same start gives another
-trajectory. :class:`BulletEnv` closes all three holes. After ``reset(seed=s)`` an episode is a function of ``s`` and
-the actions alone: not of earlier episodes, of other environments in the process, or of the global generator. That
-is what makes batching free (``run_episodes``) and training resumable at any episode boundary (``online/``).
+Every task of the catalogue is registered as ``springhead/<task>-v0``. Whatever the simulator behind it does
+(``simulators/``), after ``reset(seed=s)`` an episode is a function of ``s`` and the actions alone: not of earlier
+episodes, of other environments in the process, or of a global generator. That is what makes batching free
+(``run_episodes``) and training resumable at any episode boundary (``online/``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import gymnasium
 import numpy as np
@@ -22,9 +18,9 @@ import numpy.typing as npt
 
 from springhead.errors import BadInput
 from springhead.rl.dataset import Episode
-from springhead.rl.tasks import TASKS, Task, task
+from springhead.rl.tasks import TASKS, task
 
-__all__ = ["BulletEnv", "Episode", "EpisodeRunner", "env_name", "make", "run_episodes"]
+__all__ = ["ActingPolicy", "Episode", "EpisodeRunner", "env_name", "make", "run_episodes"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -42,168 +38,17 @@ class ActingPolicy(Protocol):
         """Reports the rewards and costs (num_envs,) of the step just taken."""
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the simulator's start-up chatter, which C code writes straight to the file descriptors."""
-    saved_streams = sys.stdout, sys.stderr
-    # The simulator package itself redirects sys.stdout by file number and C name, which only the
-    # interpreter's own streams have; a captured or wrapped stream would make it fail.
-    if sys.__stdout__ is not None and sys.__stderr__ is not None:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    saved = [(number, os.dup(number)) for number in (1, 2)]
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number, _ in saved:
-            os.dup2(sink, number)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        for number, copy in saved:
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(sink)
-        sys.stdout, sys.stderr = saved_streams
-
-
-def _simulator(of: Task) -> Any:
-    """Builds the bare Bullet-Safety-Gym environment of a task (without gymnasium's wrappers)."""
-    with _quiet():
-        import bullet_safety_gym  # noqa: F401  (registers the ids)
-
-        return gymnasium.make(of.env_id, disable_env_checker=True).unwrapped
-
-
-class BulletEnv(gymnasium.Env[Floats, Floats]):
-    """A Bullet-Safety-Gym task with real seeding, float32 observations and independent episodes.
-
-    Observations are float32 (observation_dim,), raw and un-normalised; actions are clipped to [-1, 1];
-    ``info["cost"]`` is the step's cost. ``terminated`` means the robot fell. The horizon is gymnasium's
-    ``TimeLimit``, which ``gymnasium.make`` adds, so running out of time is reported as ``truncated``.
-
-    Args:
-        task_name: A task of the catalogue.
-    """
-
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium declares it without ClassVar)
-
-    def __init__(self, task_name: str) -> None:
-        self.task = task(task_name)
-        # Built under a fixed global state: construction draws from it too.
-        with _global_numpy_seed(0):
-            self._simulator = _simulator(self.task)
-            # The first reset stores the state that later resets restore; do it where it cannot vary.
-            self._simulator.reset()
-            self._base_state = _BaseState(self._simulator.agent)
-        bound = np.full(self.task.observation_dim, 1000.0, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
-        limit = np.ones(self.task.action_dim, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-limit, limit, dtype=np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
-        """Starts an episode.
-
-        Args:
-            seed: Makes the episode reproducible; None continues this environment's own stream.
-            options: Not used; present for gymnasium.
-
-        Returns:
-            The first observation, float32 (observation_dim,), and an info dictionary with cost 0.
-        """
-        super().reset(seed=seed, options=options)
-        simulator = self._simulator
-        self._base_state.forget(until_step=True)
-        # Restoring the stored state keeps three things of the last episode: motor targets, queued forces, and
-        # the solver's contact points where the robot stood close to its start. Neutral targets, and one step
-        # in the air that uses the forces up and ends all contacts, leave nothing of it behind.
-        agent = simulator.agent
-        agent.apply_action(np.zeros(self.task.action_dim))
-        simulator.bc.resetBasePositionAndOrientation(agent.body_id, [0.0, 0.0, 100.0], [0.0, 0.0, 0.0, 1.0])
-        simulator.bc.stepSimulation()
-        with _global_numpy_seed(int(self.np_random.integers(2**32))):
-            observation, _ = simulator.reset()
-        return np.asarray(observation, dtype=np.float32), {"cost": 0.0}
-
-    def step(self, action: Floats) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
-        """Takes one step.
-
-        Args:
-            action: (action_dim,); components outside [-1, 1] are clipped.
-
-        Returns:
-            Observation float32 (observation_dim,), reward, terminated, False, and info with ``cost``.
-        """
-        clipped = np.clip(np.asarray(action, dtype=np.float32).reshape(self.task.action_dim), -1.0, 1.0)
-        observation, reward, terminated, _, info = self._simulator.step(clipped)
-        info["cost"] = float(info.get("cost", 0.0))
-        return np.asarray(observation, dtype=np.float32), float(reward), bool(terminated), False, info
-
-    def close(self) -> None:
-        """Disconnects from the physics server."""
-        self._simulator.close()
-
-
-class _BaseState:
-    """Reads the robot's base state once per simulation step, where the package reads it about nine times.
-
-    Also leaves out the red sphere that the package draws around a robot that incurs cost: there is no screen. Both
-    together make the light robots' steps almost twice as fast, and change no number (``tests/rl/test_envs.py``).
-
-    Args:
-        agent: The simulator package's robot; its state readers are replaced on this object alone.
-    """
-
-    def __init__(self, agent: Any) -> None:
-        self._known: dict[int, npt.NDArray[np.float64]] = {}
-        self._keep = False
-        for body in (agent, agent.root_link):
-            if body is not None:  # a robot of one body has no root link
-                self._wrap(body)
-        after_step = agent.collect_information_after_step
-
-        def collect() -> None:
-            self.forget(until_step=False)
-            after_step()
-
-        agent.collect_information_after_step = collect
-        agent.violates_constraints = lambda _violated: None
-
-    def forget(self, until_step: bool) -> None:
-        """Drops what is known; with ``until_step``, keeps nothing before the next simulation step."""
-        self._known.clear()
-        self._keep = not until_step
-
-    def _wrap(self, body: Any) -> None:
-        read = body.get_state
-
-        def get_state() -> npt.NDArray[np.float64]:
-            if id(body) in self._known:
-                return self._known[id(body)]
-            state: npt.NDArray[np.float64] = read()
-            if self._keep:
-                state.flags.writeable = False
-                self._known[id(body)] = state
-            return state
-
-        body.get_state = get_state
-
-
-@contextlib.contextmanager
-def _global_numpy_seed(seed: int) -> Iterator[None]:
-    """Seeds numpy's global generator for the block and puts its former state back afterwards."""
-    saved = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(saved)
-
-
 def env_name(task_name: str) -> str:
     """The gymnasium id of a task, for instance ``springhead/BallCircle-v0``."""
     return f"springhead/{task(task_name).name}-v0"
+
+
+_CLASSES = {
+    "bullet-safety-gym": "springhead.rl.simulators.bullet:BulletEnv",
+    "safety-gymnasium": "springhead.rl.simulators.safety_gymnasium:SafetyGymnasiumEnv",
+    "metadrive": "springhead.rl.simulators.metadrive:MetaDriveEnv",
+}
+"""The environment class of each family; gymnasium imports it when the first task of the family is made."""
 
 
 def _register() -> None:
@@ -211,7 +56,7 @@ def _register() -> None:
         if env_name(known.name) not in gymnasium.registry:
             gymnasium.register(
                 id=env_name(known.name),
-                entry_point="springhead.rl.envs:BulletEnv",
+                entry_point=_CLASSES[known.family],
                 kwargs={"task_name": known.name},
                 max_episode_steps=known.horizon,
             )
@@ -229,7 +74,10 @@ def make(task_name: str, seed: int | None = None) -> gymnasium.Env[Floats, Float
             ``reset(seed=...)`` overrides it.
 
     Returns:
-        A gymnasium environment; see :class:`BulletEnv` for what it observes and returns.
+        A gymnasium environment. Observations are float32 (observation_dim,), raw and un-normalised; actions are
+        clipped to [-1, 1]; ``info["cost"]`` is the step's cost, ``info["sub_costs"]``, float32 (K,), its parts
+        where the task has any. The horizon is gymnasium's ``TimeLimit``: running out of time is ``truncated``,
+        every other end ``terminated``.
 
     Raises:
         BadInput: If the task is unknown.
@@ -313,6 +161,7 @@ class _Recorder:
         self._observations = [self.observation]
         self._actions: list[Floats] = []
         self._signals: list[tuple[float, float]] = []
+        self._sub_costs: list[Floats] = []
         self._terminated = False
 
     def step(self, action: Floats) -> tuple[float, float]:
@@ -325,6 +174,8 @@ class _Recorder:
         self._observations.append(self.observation)
         self._actions.append(executed)
         self._signals.append((float(reward), float(info["cost"])))
+        if "sub_costs" in info:
+            self._sub_costs.append(info["sub_costs"])
         return self._signals[-1]
 
     def episode(self) -> Episode:
@@ -341,6 +192,7 @@ class _Recorder:
             costs=signals[:, 1].copy(),
             terminals=ends & self._terminated,
             timeouts=ends & (not self._terminated),
+            sub_costs=np.stack(self._sub_costs) if self._sub_costs else None,
         )
 
 

@@ -1,18 +1,21 @@
 """The catalogue of tasks: dimensions, horizons, score ranges and cost limits.
 
-A task is an environment of Bullet-Safety-Gym plus the constants by which the DSRL benchmark (Liu et al. 2023,
-"Datasets and Benchmarks for Offline Safe Reinforcement Learning") scores policies on it. The constants are the
-benchmark's own, so scores computed here compare with published ones. Adding a task is adding one entry to
-``_BULLET``; ``docs/guide/adding-a-task.md`` has the steps.
+A task is an environment plus the constants by which policies are scored on it. The 38 of ``tasks.json`` are those of
+the DSRL benchmark (Liu et al. 2023, "Datasets and Benchmarks for Offline Safe Reinforcement Learning") with the
+benchmark's own constants, so scores computed here compare with published ones; ``docs/methods/tasks.md`` lists them
+and says where each number comes from. AntRun's lowest return repeats CarButton2's, most likely a slip in the
+published table; it stays, because every published AntRun score was computed with it.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from springhead.errors import BadInput
 
@@ -23,21 +26,24 @@ class Task:
 
     Attributes:
         name: Our name, for instance ``BallCircle``; also the data directory and the Minari name.
-        env_id: The base environment registered by its simulator package, for instance ``SafetyBallCircle-v0``.
+        family: The simulator the task comes from.
+        env_id: The base environment by its simulator's name, for instance ``SafetyBallCircle-v0``.
         observation_dim: Length of one observation.
         action_dim: Length of one action; every action component lies in [-1, 1].
         horizon: Steps after which an episode is truncated.
         cost_kind: ``binary`` where every step costs 0 or 1, ``continuous`` otherwise.
-        terminates: Whether an episode can end before the horizon because the robot fell.
+        terminates: Whether an episode can end before the horizon, for instance because the robot fell.
         limits: The three episode cost limits at which the benchmark evaluates.
         return_range: (lowest, highest) episode return of the published data set.
         cost_range: (lowest, highest) episode cost return of the published data set.
         density: Settings of the density filter by its published name ("0.5", "0.75"):
             (cost bins, return bins, most episodes per cell, cells with this many or fewer are dropped).
-        family: The simulator the task comes from.
+        sub_costs: Names of a step's separate constraint signals; empty where the task has only one.
+        data_file: The published data set's file name; empty if there is none.
     """
 
     name: str
+    family: Literal["bullet-safety-gym", "safety-gymnasium", "metadrive", "custom"]
     env_id: str
     observation_dim: int
     action_dim: int
@@ -48,7 +54,8 @@ class Task:
     return_range: tuple[float, float]
     cost_range: tuple[float, float]
     density: Mapping[str, tuple[int, int, int, int]]
-    family: str
+    sub_costs: tuple[str, ...] = ()
+    data_file: str = ""
 
     def normalised_return(self, episode_return: float) -> float:
         """Scales an episode return so that the published data set spans [0, 1].
@@ -81,44 +88,19 @@ class Task:
         return (float(cost) + epsilon) / (float(limit) + epsilon)
 
 
-# name: observation_dim, action_dim, horizon, terminates, return_range, highest cost, density 0.5, density 0.75
-# AntRun's lowest return repeats another task's value in the published table, most likely a slip there; it stays,
-# because every published AntRun score was computed with it.
-_BULLET = {
-    "AntCircle": (34, 8, 500, True, (0.0177031010389328, 460.7091979980469), 200.0, (10, 50, 12, 2), (10, 50, 20, 2)),
-    "AntRun": (33, 8, 200, True, (0.001767391717990563, 955.4818725585938), 150.0, (10, 50, 6, 2), (10, 50, 10, 2)),
-    "BallCircle": (8, 2, 200, False, (0.38312244415283203, 881.46337890625), 80.0, (10, 20, 5, 2), (10, 30, 10, 2)),
-    "BallRun": (7, 2, 100, False, (26.339754104614258, 1327.445556640625), 80.0, (10, 15, 7, 2), (10, 15, 12, 2)),
-    "CarCircle": (8, 2, 300, False, (3.484419822692871, 534.3060913085938), 100.0, (10, 50, 5, 2), (10, 50, 9, 2)),
-    "CarRun": (7, 2, 200, False, (204.28726196289062, 574.6533203125), 40.0, (10, 20, 6, 2), (10, 20, 11, 2)),
-    "DroneCircle": (18, 4, 300, True, (207.794189453125, 996.38916015625), 100.0, (10, 50, 10, 2), (10, 50, 18, 2)),
-    "DroneRun": (17, 4, 200, True, (10.557029724121094, 682.8330078125), 140.0, (10, 50, 6, 2), (10, 50, 18, 2)),
-}
-_BULLET_LIMITS = (10.0, 20.0, 40.0)
+def _read(path: Path) -> dict[str, Task]:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {name: _task(name, entry) for name, entry in entries.items()}
 
 
-def _bullet_tasks() -> dict[str, Task]:
-    tasks = {}
-    for name, (observation_dim, action_dim, horizon, terminates, returns, cost, half, most) in _BULLET.items():
-        tasks[name] = Task(
-            name=name,
-            env_id=f"Safety{name}-v0",
-            observation_dim=observation_dim,
-            action_dim=action_dim,
-            horizon=horizon,
-            cost_kind="binary",
-            terminates=terminates,
-            limits=_BULLET_LIMITS,
-            return_range=returns,
-            cost_range=(0.0, cost),
-            density=MappingProxyType({"0.5": half, "0.75": most}),
-            family="bullet-safety-gym",
-        )
-    return tasks
+def _task(name: str, entry: Mapping[str, Any]) -> Task:
+    tuples = {key: tuple(entry[key]) for key in ("limits", "return_range", "cost_range", "sub_costs")}
+    density = MappingProxyType({key: tuple(settings) for key, settings in entry["density"].items()})
+    return Task(name=name, **{**entry, **tuples, "density": density})
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(_bullet_tasks())
-"""Every task by name, in alphabetical order."""
+TASKS: Mapping[str, Task] = MappingProxyType(_read(Path(__file__).with_name("tasks.json")))
+"""Every task by name, family by family."""
 
 
 def task(name: str) -> Task:

@@ -1,0 +1,1 @@
+"""The simulators behind the tasks, one module each; ``springhead.rl.envs`` makes environments from them."""

@@ -102,6 +102,15 @@ def _environments(task_name: str, number: int) -> list[gymnasium.Env[Floats, Flo
     return pool[:number]
 
 
+def discard(task_name: str) -> None:
+    """Forgets this process's environments of a task, for instance because a simulator broke in one of them.
+
+    A reset does not mend every simulator: positions that are not finite outlive it in Bullet.
+    """
+    for env in _POOL.pop(task_name, []):
+        env.close()
+
+
 class EpisodeRunner:
     """Runs one whole episode in each of several environments, in step.
 
@@ -140,14 +149,19 @@ class EpisodeRunner:
         if not 1 <= len(seeds) <= self.num_envs:
             raise BadInput(f"{len(seeds)} seeds for {self.num_envs} environments; use 1 to {self.num_envs} per run")
         recorders = [_Recorder(env, seed) for env, seed in zip(self._envs, seeds, strict=False)]
-        rows = np.zeros(self.num_envs, dtype=np.intp)
-        rows[: len(recorders)] = np.arange(len(recorders))
-        while any(recorder.running for recorder in recorders):
-            observations = np.stack([recorder.observation for recorder in recorders])
-            actions = np.asarray(act(observations[rows]), dtype=np.float32)
-            signals = np.array([r.step(a) for r, a in zip(recorders, actions, strict=False)], dtype=np.float32)
+        shape = (self.num_envs, self.task.action_dim)
+        # What each of the num_envs rows shows.
+        shown = recorders + [recorders[0]] * (self.num_envs - len(recorders))
+        while any([recorder.running for recorder in recorders]):  # noqa: C419  (a list is quicker)
+            observations = np.array([recorder.observation for recorder in shown])
+            actions = np.asarray(act(observations), dtype=np.float32)
+            if actions.shape != shape:
+                raise BadInput(f"the policy's actions have the shape {actions.shape}, {self.task.name} takes {shape}")
+            for recorder, action in zip(recorders, actions.clip(-1.0, 1.0), strict=False):
+                recorder.step(action)
             if observe is not None:
-                observe(signals[rows, 0], signals[rows, 1])
+                signals = np.array([recorder.signals for recorder in shown], dtype=np.float32)
+                observe(signals[:, 0], signals[:, 1])
         return [recorder.episode() for recorder in recorders]
 
 
@@ -158,25 +172,31 @@ class _Recorder:
         self._env = env
         self.observation, _ = env.reset(seed=int(seed))
         self.running = True
+        self.signals = 0.0, 0.0
+        """Reward and cost of the last step; 0 once the episode has ended."""
         self._observations = [self.observation]
         self._actions: list[Floats] = []
         self._signals: list[tuple[float, float]] = []
         self._sub_costs: list[Floats] = []
         self._terminated = False
 
-    def step(self, action: Floats) -> tuple[float, float]:
-        """Takes a step and returns (reward, cost); (0, 0) once the episode has ended."""
+    def step(self, action: Floats) -> None:
+        """Takes a step, unless the episode has ended.
+
+        Args:
+            action: (action_dim,), in [-1, 1]; kept.
+        """
         if not self.running:
-            return 0.0, 0.0
-        executed = np.clip(action, -1.0, 1.0).astype(np.float32)
-        self.observation, reward, self._terminated, truncated, info = self._env.step(executed)
+            self.signals = 0.0, 0.0
+            return
+        self.observation, reward, self._terminated, truncated, info = self._env.step(action)
         self.running = not (self._terminated or truncated)
+        self.signals = float(reward), float(info["cost"])
         self._observations.append(self.observation)
-        self._actions.append(executed)
-        self._signals.append((float(reward), float(info["cost"])))
+        self._actions.append(action)
+        self._signals.append(self.signals)
         if "sub_costs" in info:
             self._sub_costs.append(info["sub_costs"])
-        return self._signals[-1]
 
     def episode(self) -> Episode:
         """The finished episode; an end by falling at the very horizon counts as terminal, not as timeout."""

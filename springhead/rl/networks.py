@@ -1,40 +1,57 @@
-"""Networks of the online algorithms, and the policy folder that an expert is saved as."""
+"""Networks of the online algorithms, in torch for training; :mod:`springhead.rl.acting` is how they act."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from springhead.errors import BadInput
-from springhead.jsonio import read_json, write_json
-from springhead.params import load
+from springhead.rl.acting import (
+    LOG_STD_RANGE,
+    Activation,
+    ExpertConfig,
+    ExpertPolicy,
+    Floats,
+    Head,
+    episode_noise,
+    load_expert,
+    save_expert,
+)
 
-Floats = npt.NDArray[np.float32]
+__all__ = [
+    "LOG_STD_RANGE",
+    "ExpertConfig",
+    "ExpertPolicy",
+    "GaussianActor",
+    "Moments",
+    "episode_noise",
+    "load_expert",
+    "mlp",
+    "save_expert",
+    "weights_of",
+]
+
 Doubles = npt.NDArray[np.float64]
 
-LOG_STD_RANGE = (-3.0, 0.5)
-"""Bounds of the log standard deviation of actions; below -3 a Gaussian policy stops exploring for good."""
 
-
-def mlp(sizes: Sequence[int], generator: torch.Generator, output_gain: float) -> nn.Sequential:
-    """Builds a tanh multi-layer perceptron with orthogonal weights and zero biases.
+def mlp(
+    sizes: Sequence[int], generator: torch.Generator, output_gain: float, activation: Activation = "tanh"
+) -> nn.Sequential:
+    """Builds a multi-layer perceptron with orthogonal weights and zero biases.
 
     Args:
         sizes: Input size, hidden sizes, output size.
         generator: Source of the initial weights.
         output_gain: Gain of the last layer's weights; small for policies, 1 for values.
+        activation: Between the layers.
 
     Returns:
-        Linear layers with tanh between them and none after the last.
+        Linear layers with activations between them and none after the last.
     """
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
@@ -42,32 +59,57 @@ def mlp(sizes: Sequence[int], generator: torch.Generator, output_gain: float) ->
         linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
         nn.init.orthogonal_(linear.weight, gain=output_gain if last else 2.0**0.5, generator=generator)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
+        layers += [linear] if last else [linear, nn.Tanh() if activation == "tanh" else nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 class GaussianActor(nn.Module):
-    """A Gaussian policy: its mean is a network of the observation, its deviation a free parameter.
+    """A Gaussian policy: its mean is a network of the observation, its deviation a free parameter or the network's too.
 
     Args:
         observation_dim: Length of an observation.
         action_dim: Length of an action.
         hidden: Sizes of the hidden layers.
         generator: Source of the initial weights.
+        head: ``bounded-gaussian`` puts the mean through tanh; a squashing head is the caller's affair.
+        activation: Between the layers.
+        state_dependent_std: Whether the deviation depends on the observation.
+        log_std_range: Bounds put on the log deviation.
     """
 
     def __init__(
-        self, observation_dim: int, action_dim: int, hidden: Sequence[int], generator: torch.Generator
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden: Sequence[int],
+        generator: torch.Generator,
+        head: Head = "gaussian",
+        activation: Activation = "tanh",
+        state_dependent_std: bool = False,
+        log_std_range: tuple[float, float] = LOG_STD_RANGE,
     ) -> None:
         super().__init__()
-        self.net = mlp([observation_dim, *hidden, action_dim], generator, output_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
+        outputs = action_dim * (2 if state_dependent_std else 1)
+        self.net = mlp([observation_dim, *hidden, outputs], generator, 0.01, activation)
+        self.bounded = head == "bounded-gaussian"
+        self.log_std_range = log_std_range
+        self.log_std = None if state_dependent_std else nn.Parameter(torch.full((action_dim,), -0.5))
+
+    def mean_and_std(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and deviations (batch, action_dim) at normalised observations (batch, observation_dim)."""
+        outputs = self.net(observations)
+        mean, log_std = outputs.chunk(2, -1) if self.log_std is None else (outputs, self.log_std)
+        std = log_std.clamp(*self.log_std_range).exp().expand_as(mean)
+        return mean.tanh() if self.bounded else mean, std
 
     def forward(self, observations: torch.Tensor) -> torch.distributions.Normal:
         """Returns the action distribution at normalised observations (batch, observation_dim)."""
-        mean = self.net(observations)
-        std = self.log_std.clamp(*LOG_STD_RANGE).exp().expand_as(mean)
-        return torch.distributions.Normal(mean, std, validate_args=False)
+        return torch.distributions.Normal(*self.mean_and_std(observations), validate_args=False)
+
+
+def weights_of(actor: nn.Module) -> dict[str, Floats]:
+    """Copies of a network's weights as NumPy arrays, for an :class:`ExpertPolicy`."""
+    return {name: value.detach().numpy().copy() for name, value in actor.state_dict().items()}
 
 
 @dataclass
@@ -97,104 +139,3 @@ class Moments:
     def std(self) -> Doubles:
         """Standard deviation, at least 1e-3 so that a constant component cannot blow up."""
         return np.sqrt(np.maximum(self.variance, 1e-6))
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """What ``policy.json`` holds: everything beside the weights that acting needs, and where it came from.
-
-    Attributes:
-        task: Task name.
-        algorithm: The online algorithm, for instance ``ppo-lag``.
-        cost_limit: The cost limit in force when the policy was saved.
-        seed: The training run's seed.
-        env_steps: Environment steps trained so far.
-        observation_mean: Subtracted from observations, (observation_dim,).
-        observation_std: Then divided by, (observation_dim,).
-        hidden: Sizes of the actor's hidden layers.
-        action_dim: Length of an action.
-    """
-
-    task: str
-    algorithm: str
-    cost_limit: float
-    seed: int
-    env_steps: int
-    observation_mean: tuple[float, ...]
-    observation_std: tuple[float, ...]
-    hidden: tuple[int, ...]
-    action_dim: int
-
-
-class ExpertPolicy:
-    """A trained online policy, for roll-outs.
-
-    Args:
-        config: The policy's facts.
-        actor: Its network.
-        episode_seeds: None acts by the mean. Otherwise actions are sampled, row i from a generator of its own
-            seeded with ``episode_seeds[i]``, so that an episode does not depend on its neighbours in the batch.
-    """
-
-    def __init__(self, config: ExpertConfig, actor: GaussianActor, episode_seeds: Sequence[int] | None = None) -> None:
-        self.config = config
-        self.task = config.task
-        self.algorithm = config.algorithm
-        self.observation_dim = len(config.observation_mean)
-        self.action_dim = config.action_dim
-        self._actor = actor
-        self._mean = np.asarray(config.observation_mean, dtype=np.float32)
-        self._std = np.asarray(config.observation_std, dtype=np.float32)
-        self._episode_seeds = episode_seeds
-        self._generators: list[np.random.Generator] = []
-
-    def reset(self, num_envs: int, cost_limit: float) -> None:
-        """Starts new episodes; an expert has one cost limit built in, so the one asked for is not used."""
-        seeds = self._episode_seeds or []
-        self._generators = [np.random.default_rng([seed, 1]) for seed in seeds[:num_envs]]
-
-    def act(self, observations: Floats) -> Floats:
-        """Maps raw observations (num_envs, observation_dim) to actions (num_envs, action_dim) in [-1, 1]."""
-        normalised = torch.from_numpy((observations - self._mean) / self._std)
-        with torch.no_grad():
-            distribution = self._actor(normalised)
-        actions = distribution.mean.numpy()
-        std = distribution.stddev.numpy()
-        for row, generator in enumerate(self._generators):
-            actions[row] += std[row] * generator.standard_normal(actions.shape[1], dtype=np.float32)
-        return np.asarray(actions.clip(-1.0, 1.0), dtype=np.float32)
-
-    def observe(self, rewards: Floats, costs: Floats) -> None:
-        """Nothing to remember: the policy is memoryless."""
-
-
-def save_expert(folder: Path, config: ExpertConfig, actor: GaussianActor) -> None:
-    """Writes ``policy.safetensors`` and ``policy.json`` into a new folder."""
-    folder.mkdir(parents=True)
-    tensors = {name: value.detach().contiguous() for name, value in actor.state_dict().items()}
-    save_file(tensors, str(folder / "policy.safetensors"))
-    write_json(folder / "policy.json", {key: getattr(config, key) for key in ExpertConfig.__dataclass_fields__})
-
-
-def load_expert(folder: Path, episode_seeds: Sequence[int] | None = None) -> ExpertPolicy:
-    """Loads a policy saved by :func:`save_expert`.
-
-    Args:
-        folder: The policy folder.
-        episode_seeds: As for :class:`ExpertPolicy`.
-
-    Returns:
-        The policy, ready for ``run_episodes``.
-
-    Raises:
-        BadInput: If the folder's files are missing, damaged or do not fit each other.
-    """
-    path = folder / "policy.json"
-    config = load(ExpertConfig, read_json(path), str(path))
-    actor = GaussianActor(len(config.observation_mean), config.action_dim, config.hidden, torch.Generator())
-    weights = folder / "policy.safetensors"
-    try:
-        actor.load_state_dict(load_file(str(weights)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise BadInput(f"{weights}: not this policy's weights ({error}); train the expert again") from error
-    return ExpertPolicy(config, actor, episode_seeds)

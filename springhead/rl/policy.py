@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
-
-if TYPE_CHECKING:
-    from springhead.rl.networks import ExpertPolicy
+from springhead.rl.acting import load_expert
 
 FORMAT = 1
 """Version of the folder layout; a reader refuses folders of a later version."""
@@ -37,7 +35,7 @@ LOADERS: Mapping[str, str] = {
     "cdt": "springhead.rl.offline.cdt",
 }
 """The module that loads each offline algorithm's folders with ``load(folder) -> Policy``; imported on use.
-Folders of any online algorithm are read by ``springhead.rl.networks``."""
+Folders of any online algorithm are read by ``springhead.rl.acting``."""
 
 
 @runtime_checkable
@@ -81,39 +79,10 @@ def load_policy(folder: Path | str) -> Policy:
     """
     config = read_config(folder)
     if config["algorithm"] not in LOADERS:
-        return _load_expert(Path(folder))
+        return load_expert(Path(folder))
     module = importlib.import_module(LOADERS[config["algorithm"]])
     policy: Policy = module.load(Path(folder))
     return policy
-
-
-class Expert:
-    """An online expert as a :class:`Policy`: deterministic, with the cost limit it was trained for built in."""
-
-    def __init__(self, expert: ExpertPolicy) -> None:
-        self.task = expert.config.task
-        self.algorithm = expert.config.algorithm
-        self.observation_dim = len(expert.config.observation_mean)
-        self.action_dim = expert.config.action_dim
-        self._expert = expert
-
-    def reset(self, num_envs: int, cost_limit: float) -> None:
-        """Begins new episodes; the limit asked for has no effect."""
-        self._expert.reset(num_envs, cost_limit)
-
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Maps observations (n, observation_dim) to mean actions (n, action_dim)."""
-        return self._expert.act(observations)
-
-    def observe(self, rewards: np.ndarray, costs: np.ndarray) -> None:
-        """Nothing to remember."""
-        self._expert.observe(rewards, costs)
-
-
-def _load_expert(folder: Path) -> Policy:
-    from springhead.rl.networks import load_expert
-
-    return Expert(load_expert(folder))
 
 
 def predict(policy: Policy, observations: np.ndarray, cost_limit: float | np.ndarray) -> np.ndarray:

@@ -1,13 +1,15 @@
-"""Trains the experts of one task: PPO-Lagrangian under a moving cost limit, saved at many points on the way.
+"""Trains the experts of one task: online algorithms under a moving cost limit, saved at many points on the way.
 
 The limit moves over the range in which the data set shall have episodes, so the saved policies differ in how much
-cost they accept. Reads nothing; writes one folder per policy, ``index.json`` naming them, and ``history.csv``.
+cost they accept. Several algorithms may run, each several times. Reads nothing; writes one folder per policy,
+``index.json`` naming them, and ``history.csv``.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,17 @@ import numpy as np
 from springhead.errors import BadInput
 from springhead.jsonio import write_json
 from springhead.lineage.digests import tree_digest
-from springhead.rl.networks import save_expert
-from springhead.rl.online.ppo_lag import Figures, PPOLagConfig, train
+from springhead.params import load
+from springhead.rl.acting import save_expert
+from springhead.rl.online.algorithms import ALGORITHMS, algorithm
+from springhead.rl.online.contract import Figures, OnlineConfig
+from springhead.rl.online.training import feasible_first, train
 from springhead.rl.tasks import task
+from springhead.rl.workers import EpisodeWorkers
 from springhead.stage import Stage, run_stage
+
+Settings = dict[str, dict[str, Any]]
+"""Hyper-parameters by algorithm."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Schedule:
     """Fraction of the training at which the limit begins to move."""
     ramp_until: float
     """Fraction of the training at which it arrives."""
+    settings: Settings = field(default_factory=dict)
+    """Hyper-parameters for this task alone, by algorithm; they win over those of ``algorithms``."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or min(self.cost_limit_start, self.cost_limit_end) < 0:
@@ -48,60 +59,85 @@ class Schedule:
 class Params:
     """Parameters of ``rl.experts``."""
 
-    runs: int
-    """Independent training runs per task."""
+    runs: dict[str, int]
+    """Independent training runs per task, by algorithm."""
     policies: int
     """Policies saved per run, evenly over the iterations after ``save_from``; the last iteration is one of them."""
     save_from: float
     """Fraction of the training before which no policy is saved."""
-    episodes_per_iteration: int
-    """Environments stepped together; each runs one whole episode per iteration."""
-    hidden: tuple[int, ...]
-    """Sizes of the hidden layers of the policy and of both critics."""
-    learning_rate: float
-    """Step size of Adam."""
-    epochs: int
-    """Passes over an iteration's transitions."""
-    minibatch: int
-    """Transitions per gradient step."""
-    target_kl: float
-    """The policy stops learning in an iteration once its divergence exceeds 1.5 times this."""
-    discount: float
-    """Discount factor of rewards and costs."""
-    gae_lambda: float
-    """Weight decay of longer-horizon errors in advantages."""
-    pid_kp: float
-    """Gain of the multiplier on the cost excess."""
-    pid_ki: float
-    """Gain on its integral."""
-    pid_kd: float
-    """Gain on its rise."""
+    processes: int
+    """Worker processes that run episodes; 1 runs them in the stage's own. Changes no byte of the result."""
+    algorithms: Settings
+    """Hyper-parameters by algorithm, fields of its configuration in ``springhead/rl/online``; others have defaults."""
     tasks: dict[str, Schedule]
     """Length and cost-limit ramp of each task."""
 
     def __post_init__(self) -> None:
-        if min(self.runs, self.policies, self.episodes_per_iteration, self.epochs, self.minibatch) < 1:
-            raise ValueError("runs, policies, episodes_per_iteration, epochs and minibatch must be at least 1")
+        names = {*self.runs, *self.algorithms, *(name for one in self.tasks.values() for name in one.settings)}
+        if unknown := sorted(names - set(ALGORITHMS)):
+            raise ValueError(f"unknown algorithm {unknown[0]!r}; known: {', '.join(ALGORITHMS)}")
+        if min(self.policies, self.processes) < 1 or min(self.runs.values(), default=0) < 0:
+            raise ValueError("policies and processes must be at least 1, and runs not negative")
+        if not any(self.runs.values()):
+            raise ValueError("runs asks for no run at all; give one algorithm at least 1")
         if not 0 <= self.save_from < 1:
             raise ValueError(f"save_from {self.save_from} must lie in [0, 1)")
 
 
-_SHARED = (
-    "episodes_per_iteration", "hidden", "learning_rate", "epochs", "minibatch", "target_kl", "discount", "gae_lambda",
-    "pid_kp", "pid_ki", "pid_kd",
-)  # fmt: skip
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        algorithm: Its name.
+        number: Which of the algorithm's runs, from 0.
+        config: The learner's configuration.
+        first_step: Iterations of all runs before it: training curves are logged one after the other.
+    """
+
+    algorithm: str
+    number: int
+    config: OnlineConfig
+    first_step: int
+
+    @property
+    def name(self) -> str:
+        """Begins the names of its policies, for instance ``ppo-lag-0``."""
+        return f"{self.algorithm}-{self.number}"
 
 
-def configuration(params: Params, task_name: str, seed: int) -> PPOLagConfig:
+def configuration(params: Params, task_name: str, name: str, seed: int) -> OnlineConfig:
     """The learner's configuration for one run.
 
+    Args:
+        params: The stage's parameters.
+        task_name: The task.
+        name: The algorithm.
+        seed: The run's seed.
+
     Raises:
-        BadInput: If the parameters have no schedule for the task.
+        BadInput: If the parameters have no schedule for the task, or a hyper-parameter is unknown or out of range.
     """
     if task_name not in params.tasks:
         raise BadInput(f"params.yaml: rl.experts.tasks has no entry {task_name!r}; add its iterations and cost limits")
-    shared = {name: getattr(params, name) for name in _SHARED}
-    return PPOLagConfig(task=task_name, seed=seed, **shared, **asdict(params.tasks[task_name]))
+    schedule = asdict(params.tasks[task_name])
+    own = schedule.pop("settings").get(name, {})
+    values = {"task": task_name, "seed": seed, **schedule, **params.algorithms.get(name, {}), **own}
+    config_class, _ = algorithm(name)
+    return load(config_class, values, f"params.yaml: rl.experts.algorithms.{name}")
+
+
+def planned(params: Params, task_name: str, seed: int) -> list[Run]:
+    """All runs of a task, in the order in which they are made."""
+    runs: list[Run] = []
+    step = 0
+    for name, number in params.runs.items():
+        for index in range(number):
+            # Seeds of 31 bits: they also seed environments, and fit every integer column they end up in.
+            own_seed = int(np.random.default_rng([seed, index]).integers(2**31))
+            runs.append(Run(name, index, configuration(params, task_name, name, own_seed), step))
+            step += runs[-1].config.iterations
+    return runs
 
 
 def save_points(iterations: int, policies: int, save_from: float) -> list[int]:
@@ -110,82 +146,113 @@ def save_points(iterations: int, policies: int, save_from: float) -> list[int]:
     return sorted({int(point) for point in np.linspace(first, iterations, policies).round()})
 
 
-def entry(folder: Path, seed: int, figures: Figures) -> dict[str, Any]:
-    """A policy's line in ``index.json``; its figures are those of the iteration it came out of."""
-    return {
-        "name": folder.name,
-        "digest": tree_digest(folder),
-        "algorithm": "ppo-lag",
-        "cost_limit": figures.cost_limit,
-        "seed": seed,
-        "env_steps": figures.env_steps,
-        "episode_return": figures.episode_return,
-        "cost_return": figures.cost_return,
-    }
-
-
-def train_run(stage: Stage[Params], config: PPOLagConfig, number: int) -> tuple[list[dict[str, Any]], list[Figures]]:
+def train_run(stage: Stage[Params], run: Run) -> tuple[list[dict[str, Any]], list[Figures]]:
     """One training run: puts its policies into ``out`` and returns their index entries and the run's figures."""
-    points = save_points(config.iterations, stage.params.policies, stage.params.save_from)
+    points = save_points(run.config.iterations, stage.params.policies, stage.params.save_from)
     # Policies go to scratch first, where a run that was killed and started again still has the early ones.
-    scratch = stage.scratch / f"run-{number}"
+    scratch = stage.scratch / run.name
     history: list[Figures] = []
-    with stage.progress(config.iterations, f"{stage.name} run {number}", "iterations") as bar:
-        for learner, history in train(config, scratch):
+    _, learner_class = algorithm(run.algorithm)
+    with (
+        EpisodeWorkers(run.config.task, run.config.num_envs, stage.params.processes) as workers,
+        stage.progress(run.config.iterations, f"{stage.name} {run.name}", "iterations") as bar,
+    ):
+        learner = learner_class(run.config, workers)
+        for history in train(learner, scratch):
             if len(history) > bar.done + 1:
                 bar.resume(len(history) - 1)
             figures = history[-1]
             bar.advance(1, episode_return=figures.episode_return, cost=figures.cost_return, limit=figures.cost_limit)
-            curve = {name: float(value) for name, value in asdict(figures).items()}
-            stage.log(learner.iteration + number * config.iterations, **curve)
-            if learner.iteration in points:
-                folder = scratch / "policies" / f"{number}-{points.index(learner.iteration):02d}"
+            stage.log(run.first_step + len(history), **curve(figures))
+            if len(history) in points:
+                folder = scratch / "policies" / f"{run.name}-{points.index(len(history)):02d}"
                 shutil.rmtree(folder, ignore_errors=True)
-                save_expert(folder, learner.expert_config(figures.cost_limit), learner.actor)
-    entries = []
-    for folder, point in zip(sorted((scratch / "policies").iterdir()), points, strict=True):
+                save_expert(folder, learner.policy())
+    for folder in sorted((scratch / "policies").iterdir()):
         shutil.copytree(folder, stage.out / folder.name)
-        entries.append(entry(stage.out / folder.name, config.seed, history[point - 1]))
+    saved = [history[point - 1] for point in points]
+    chosen = feasible_first(saved)
+    entries = [
+        entry(stage.out / f"{run.name}-{index:02d}", run, figures, index == chosen)
+        for index, figures in enumerate(saved)
+    ]
     return entries, history
 
 
-def write_history(path: Path, histories: list[list[Figures]]) -> None:
-    """Writes the training curves of all runs as CSV, one line per iteration."""
-    names = [field.name for field in fields(Figures)]
-    lines = [",".join(["run", "iteration", *names])]
-    for run, history in enumerate(histories):
-        for iteration, figures in enumerate(history):
-            values = [format(getattr(figures, name), ".6g") for name in names]
-            lines.append(",".join([str(run), str(iteration), *values]))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def entry(folder: Path, run: Run, figures: Figures, chosen: bool) -> dict[str, Any]:
+    """A policy's line in ``index.json``; its figures are those of the iteration it came out of.
+
+    ``chosen`` marks the run's best policy under the limit that it ended with: feasible first, then by return.
+    """
+    return {
+        "name": folder.name,
+        "digest": tree_digest(folder),
+        "algorithm": run.algorithm,
+        "cost_limit": figures.cost_limit,
+        "seed": run.config.seed,
+        "env_steps": figures.env_steps,
+        "episode_return": figures.episode_return,
+        "cost_return": figures.cost_return,
+        "chosen": chosen,
+    }
+
+
+def curve(figures: Figures) -> dict[str, float]:
+    """All figures of an iteration by name, the algorithm's own after the common ones."""
+    values = asdict(figures)
+    losses = values.pop("losses")
+    return {name: float(value) for name, value in {**values, **losses}.items()}
+
+
+def write_history(path: Path, histories: list[tuple[Run, list[Figures]]]) -> None:
+    """Writes the training curves of all runs as CSV, one line per iteration; a figure that a run lacks is empty."""
+    rows = [(run, index, curve(figures)) for run, history in histories for index, figures in enumerate(history)]
+    names = list(dict.fromkeys(name for _, _, values in rows for name in values))
+
+    def lines() -> Iterator[str]:
+        yield ",".join(["algorithm", "run", "iteration", *names])
+        for run, index, values in rows:
+            cells = [format(values[name], ".6g") if name in values else "" for name in names]
+            yield ",".join([run.algorithm, str(run.number), str(index), *cells])
+
+    path.write_text("\n".join(lines()) + "\n", encoding="utf-8")
+
+
+def figures_of(entries: list[dict[str, Any]], histories: list[tuple[Run, list[Figures]]]) -> dict[str, Any]:
+    """The stage's metrics: of all runs together, and of each algorithm."""
+
+    def final(of: list[list[Figures]]) -> dict[str, float]:
+        return {
+            "final_return": float(np.mean([history[-1].episode_return for history in of])),
+            "final_cost": float(np.mean([history[-1].cost_return for history in of])),
+        }
+
+    metrics: dict[str, Any] = {
+        "policies": len(entries),
+        "env_steps": sum(history[-1].env_steps for _, history in histories),
+        **final([history for _, history in histories]),
+        "best_return": max(made["episode_return"] for made in entries),
+    }
+    for name in dict.fromkeys(run.algorithm for run, _ in histories):
+        metrics[name] = final([history for run, history in histories if run.algorithm == name])
+    return metrics
 
 
 def run(stage: Stage[Params]) -> None:
     """Trains all runs of the task and writes the expert folder."""
     name = task(stage.item["task"]).name
     entries: list[dict[str, Any]] = []
-    histories: list[list[Figures]] = []
-    for number in range(stage.params.runs):
-        # Seeds of 31 bits: they also seed environments, and fit every integer column they end up in.
-        seed = int(np.random.default_rng([stage.seed, number]).integers(2**31))
-        made, history = train_run(stage, configuration(stage.params, name, seed), number)
+    histories: list[tuple[Run, list[Figures]]] = []
+    for one in planned(stage.params, name, stage.seed):
+        made, history = train_run(stage, one)
         entries += made
-        histories.append(history)
-    for made_entry in entries:
-        facts = {key: made_entry[key] for key in ("algorithm", "cost_limit", "seed", "env_steps")}
-        stage.model(stage.out / made_entry["name"], "policy", task=name, **facts)
+        histories.append((one, history))
+    for line in entries:
+        facts = {key: line[key] for key in ("algorithm", "cost_limit", "seed", "env_steps")}
+        stage.model(stage.out / line["name"], "policy", task=name, **facts)
     write_json(stage.out / "index.json", entries)
     write_history(stage.out / "history.csv", histories)
-    last = [history[-1] for history in histories]
-    stage.metrics(
-        {
-            "policies": len(entries),
-            "env_steps": sum(figures.env_steps for figures in last),
-            "final_return": float(np.mean([figures.episode_return for figures in last])),
-            "final_cost": float(np.mean([figures.cost_return for figures in last])),
-            "best_return": max(made_entry["episode_return"] for made_entry in entries),
-        }
-    )
+    stage.metrics(figures_of(entries, histories))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import tree_digest
-from springhead.rl.networks import ExpertConfig, GaussianActor, save_expert
+from springhead.rl.networks import ExpertConfig, ExpertPolicy, GaussianActor, save_expert, weights_of
 from springhead.rl.offline import bc, cdt
 from springhead.rl.offline.relabelling import Augmentation
 from springhead.rl.policy import Policy, load_policy, predict, read_tensors, save_model
@@ -37,7 +37,8 @@ def cdt_model(folder: Path) -> Path:
 
 def expert_model(folder: Path) -> Path:
     config = ExpertConfig("BallCircle", "ppo-lag", 20.0, 1, 500, (0.0,) * 8, (1.0,) * 8, (8,), 2)
-    save_expert(folder / "model", config, GaussianActor(8, 2, (8,), torch.Generator().manual_seed(0)))
+    actor = GaussianActor(8, 2, (8,), torch.Generator().manual_seed(0))
+    save_expert(folder / "model", ExpertPolicy(config, weights_of(actor)))
     return folder / "model"
 
 

@@ -9,7 +9,7 @@ import torch
 from springhead.errors import BadInput
 from springhead.lineage.digests import tree_digest
 from springhead.rl.envs import run_episodes
-from springhead.rl.networks import Moments, load_expert, save_expert
+from springhead.rl.networks import ExpertPolicy, Moments, load_expert, save_expert, weights_of
 from springhead.rl.online.lagrangian import PIDLagrangian
 from springhead.rl.online.ppo_lag import PPOLag, PPOLagConfig, cost_limit_at, gae, load, train
 
@@ -123,7 +123,7 @@ def final_policy(folder, settings, scratch, stop_after=None):
     for learner, history in train(settings, scratch, checkpoint_every=2):  # noqa: B007
         if stop_after is not None and len(history) == stop_after:
             return None
-    save_expert(folder, learner.expert_config(5.0), learner.actor)
+    save_expert(folder, ExpertPolicy(learner.expert_config(5.0), weights_of(learner.actor)))
     return tree_digest(folder)
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_saved_policy_acts_as_it_did(tmp_path):
     learner = PPOLag(config())
     learner.iterate()
-    save_expert(tmp_path / "policy", learner.expert_config(20.0), learner.actor)
+    save_expert(tmp_path / "policy", ExpertPolicy(learner.expert_config(20.0), weights_of(learner.actor)))
     policy = load(tmp_path / "policy")
     assert (policy.task, policy.algorithm, policy.observation_dim, policy.action_dim) == ("BallRun", "ppo-lag", 7, 2)
     observations = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
@@ -169,7 +169,7 @@ def test_a_saved_policy_acts_as_it_did(tmp_path):
 @pytest.mark.fault
 def test_broken_policy_folders_are_named(tmp_path):
     learner = PPOLag(config())
-    save_expert(tmp_path / "policy", learner.expert_config(20.0), learner.actor)
+    save_expert(tmp_path / "policy", ExpertPolicy(learner.expert_config(20.0), weights_of(learner.actor)))
     weights = tmp_path / "policy" / "policy.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])

@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 # A folder of wheels that pip already knows of (pip config) is used for torch as well.
 WHEELS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 # On a machine without an accelerator: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -18,7 +19,7 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help install browser run test test-slow lint report clean
+.PHONY: help install peers browser run test test-slow lint report clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +40,18 @@ $(VENV)/.installed: locks/full.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+peers: $(PEERS)/.installed  ## make the environment of FSRL and OSRL, for the benchmarks and the client tests
+
+$(PEERS)/.installed: locks/peers.lock | $(VENV)/.installed
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	grep -v '^torch==' locks/peers.lock > $(PEERS)/rest.lock
+	{ test -x $(BIN)/uv \
+	  && $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --no-deps -r $(PEERS)/rest.lock \
+	  && $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python $(TORCH) -c $(PEERS)/rest.lock $(TORCH_FROM); } \
+	|| { $(PEERS)/bin/python -m pip install --quiet --no-compile --no-deps -r $(PEERS)/rest.lock \
+	  && $(PEERS)/bin/python -m pip install --quiet --no-compile $(TORCH) -c $(PEERS)/rest.lock $(TORCH_FROM); }
+	touch $@
+
 # Debian's package; the lineage page is tested in it. Without root, or without a package source, its tests are skipped.
 browser:  ## install the Chromium that the page tests drive, where that is possible
 	@if test -x /usr/bin/chromium; then :; \
@@ -53,7 +66,7 @@ run: install  ## run the whole pipeline: both branches, from nothing to a promot
 test: install browser lint  ## run the checks and the default tests
 	python -m pytest -n 2 --dist loadfile
 
-test-slow: install browser  ## run the long learning tests as well
+test-slow: install peers browser  ## run the long learning tests as well
 	python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
 lint: install  ## ruff, mypy, import layers, spelling

@@ -198,9 +198,9 @@ def entry(folder: Path, run: Run, figures: Figures, chosen: bool) -> dict[str, A
 
 
 def curve(figures: Figures) -> dict[str, float]:
-    """All figures of an iteration by name, the algorithm's own after the common ones."""
+    """All figures of an iteration by name, the algorithm's own after the common ones, in alphabetical order."""
     values = asdict(figures)
-    losses = values.pop("losses")
+    losses = dict(sorted(values.pop("losses").items()))
     return {name: float(value) for name, value in {**values, **losses}.items()}
 
 

@@ -14,21 +14,13 @@ from stages.rl.experts import Params, Schedule, save_points
 
 pytestmark = pytest.mark.unit
 
+SMALL = {"episodes_per_iteration": 2, "num_envs": 2, "hidden": [8], "epochs": 1, "minibatch": 100}
 PARAMS = Params(
-    runs=2,
+    runs={"ppo-lag": 2, "focops": 0},
     policies=3,
     save_from=0.2,
-    episodes_per_iteration=2,
-    hidden=(8,),
-    learning_rate=1e-3,
-    epochs=1,
-    minibatch=100,
-    target_kl=0.03,
-    discount=0.99,
-    gae_lambda=0.95,
-    pid_kp=0.05,
-    pid_ki=0.005,
-    pid_kd=0.1,
+    processes=1,
+    algorithms={"ppo-lag": SMALL},
     tasks={
         "BallRun": Schedule(iterations=4, cost_limit_start=50, cost_limit_end=0, ramp_from=0.0, ramp_until=1.0),
     },
@@ -45,7 +37,7 @@ def test_writes_policies_that_load_with_an_index_that_names_them(tmp_path):
     stage = for_test(PARAMS, tmp_path / "out", {}, {"task": "BallRun"}, seed=5)
     experts.run(stage)
     index = read_json(stage.out / "index.json")
-    assert [line["name"] for line in index] == ["0-00", "0-01", "0-02", "1-00", "1-01", "1-02"]
+    assert [line["name"] for line in index] == [f"ppo-lag-{run}-{i:02d}" for run in (0, 1) for i in range(3)]
     assert len({line["digest"] for line in index}) == 6
     assert len({line["seed"] for line in index}) == 2
     for line in index:
@@ -64,7 +56,7 @@ def test_writes_policies_that_load_with_an_index_that_names_them(tmp_path):
 @pytest.mark.fault
 def test_a_killed_stage_ends_with_the_same_bytes(tmp_path, monkeypatch):
     longer = dataclasses.replace(PARAMS.tasks["BallRun"], iterations=12)
-    params = dataclasses.replace(PARAMS, runs=1, tasks={"BallRun": longer})
+    params = dataclasses.replace(PARAMS, runs={"ppo-lag": 1}, tasks={"BallRun": longer})
     whole = for_test(params, tmp_path / "whole", {}, {"task": "BallRun"})
     experts.run(whole)
     killed = for_test(params, tmp_path / "killed", {}, {"task": "BallRun"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 def ramp(start: float, end: float, ramp_from: float, ramp_until: float, fraction: float) -> float:
@@ -22,13 +23,25 @@ def ramp(start: float, end: float, ramp_from: float, ramp_until: float, fraction
 
 @dataclass
 class PIDLagrangian:
-    """The multiplier of the cost, driven by how far the mean episode cost is from its limit (Stooke et al. 2020).
+    """The multiplier of the cost, driven by how far the cost is from its limit (Stooke et al. 2020, algorithm 2).
+
+    Three variants are in use. With e the error, I its integral and e_old the last error:
+
+    ========= ==================================== ==============================================================
+    variant   integral                             multiplier
+    ========= ==================================== ==============================================================
+    signed    max(0, I + e)                        max(0, kp e + ki I + kd max(0, e - e_old)): FSRL
+    rectified max(0, I + e)                        max(0, kp max(0, e) + ki I + kd max(0, e - e_old)): OSRL, paper
+    memory    max(-0.3 / ki, I + e)                clip(kp e + ki I + kd max(0, e - e_old), 0, cap): FCSRL
+    ========= ==================================== ==============================================================
 
     Attributes:
-        kp: Gain of the signed error.
-        ki: Gain of the integral, which is never negative.
+        kp: Gain of the error.
+        ki: Gain of the integral.
         kd: Gain of the error's rise since the last update; falls do not count.
-        integral: State: the sum of errors, cut at 0.
+        variant: See above.
+        cap: Largest multiplier; None for no bound.
+        integral: State: the sum of errors, cut from below.
         previous_error: State: the last error.
         value: State: the multiplier, at least 0.
     """
@@ -36,20 +49,27 @@ class PIDLagrangian:
     kp: float
     ki: float
     kd: float
+    variant: Literal["signed", "rectified", "memory"] = "signed"
+    cap: float | None = None
     integral: float = 0.0
     previous_error: float = 0.0
     value: float = 0.0
 
-    def update(self, cost_return: float, cost_limit: float) -> float:
+    def update(self, cost: float, limit: float) -> float:
         """Takes one step and returns the new multiplier.
 
         Args:
-            cost_return: Mean undiscounted episode cost of the newest episodes.
-            cost_limit: The limit it should keep.
+            cost: What is to be limited, for instance the mean undiscounted cost of the newest episodes.
+            limit: The limit it should keep.
         """
-        error = cost_return - cost_limit
-        self.integral = max(0.0, self.integral + error)
+        error = cost - limit
+        # Below zero the integral would remember how safe the policy was, and let it sin for as long.
+        floor = -0.3 / self.ki if self.variant == "memory" and self.ki > 0 else 0.0
+        self.integral = max(floor, self.integral + error)
+        proportional = max(0.0, error) if self.variant == "rectified" else error
         rise = max(0.0, error - self.previous_error)
-        self.value = max(0.0, self.kp * error + self.ki * self.integral + self.kd * rise)
+        self.value = max(0.0, self.kp * proportional + self.ki * self.integral + self.kd * rise)
+        if self.cap is not None:
+            self.value = min(self.value, self.cap)
         self.previous_error = error
         return self.value

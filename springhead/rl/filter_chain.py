@@ -1,185 +1,213 @@
-"""Runs filters one after the other over a data set and keeps every decision.
+"""Runs filter steps one after the other over a data set and keeps every decision.
 
-The benchmark's order is density, outliers, inpaint, epsilon, noise; ``Settings.order`` may name another.
-Falsified episodes (outliers) cannot be dropped by inpaint or epsilon, nor do they count as the best of a
+A step is one rule with its settings; steps run in the order in which they are listed, a rule as often as it is
+listed. Falsified episodes (outliers) cannot be dropped by inpaint or epsilon, nor do they count as the best of a
 side: they are a planted fault, and a fault that other filters remove would plant nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from springhead.errors import BadInput
-from springhead.rl.dataset import Episode
-from springhead.rl.filters import (
-    Density,
-    Floats,
-    Judgement,
-    Settings,
-    density,
-    epsilon,
-    falsified,
-    inpaint,
-    noisy,
-    observation_spread,
-    outliers,
-)
+from springhead.rl import filters, filters_released
+from springhead.rl.dataset import Dataset
+from springhead.rl.filter_state import Filtered, State, falsify, noisy, take
+from springhead.rl.filters import Judgement, Positions
 from springhead.rl.tasks import Task
 
+ORDER = ("range", "thin", "density", "outliers", "inpaint", "epsilon", "noise")
+"""The names of the rules, in the released order: that of collection (range, thin), then that
+of the benchmark's ``pre_process_data``."""
 
-class Decision(NamedTuple):
-    """A row of the decisions table: what one rule decided about one episode, and why."""
 
-    id: str
-    rule: str
-    kept: bool
-    value: float
-    threshold: float
-    replaced_by: str | None
+Rule = (
+    filters.Ranges
+    | filters.Thin
+    | filters.Density
+    | filters.Outliers
+    | filters.Inpaint
+    | filters.Epsilon
+    | filters.Noise
+)
 
 
 @dataclass(frozen=True)
-class Filtered:
-    """The outcome of all filters.
+class Step:
+    """One step: a mapping of one key, the rule, to the rule's settings."""
 
-    Attributes:
-        episodes: What is left, in the original order (changed episodes in the place of their source).
-        sources: For each of them, the position of the episode it came from in the input.
-        decisions: One row per rule and episode it looked at.
+    range: filters.Ranges | None = None
+    thin: filters.Thin | None = None
+    density: filters.Density | None = None
+    outliers: filters.Outliers | None = None
+    inpaint: filters.Inpaint | None = None
+    epsilon: filters.Epsilon | None = None
+    noise: filters.Noise | None = None
+
+    def __post_init__(self) -> None:
+        named = [key for key in ORDER if getattr(self, key) is not None]
+        if len(named) != 1:
+            found = f"found {' and '.join(named)}" if named else "found none"
+            raise ValueError(f"a step names exactly one of {', '.join(ORDER)}; {found}")
+
+    @property
+    def rule(self) -> str:
+        """The rule's name."""
+        return next(key for key in ORDER if getattr(self, key) is not None)
+
+    @property
+    def settings(self) -> Rule:
+        """The rule's settings."""
+        found: Rule = getattr(self, self.rule)
+        return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which rules run, and in which order; none leaves the data as they are."""
+
+    steps: tuple[Step, ...] = ()
+    released: bool = False
+    """Do as the released code does, its faults included (``docs/methods/filters.md``)."""
+
+    def __post_init__(self) -> None:
+        rules = [step.rule for step in self.steps]
+        for before, after in pairwise(rules):
+            again = before == after and after not in ("inpaint", "range")
+            if self.released and (again or ORDER.index(before) > ORDER.index(after)):
+                raise ValueError(
+                    f"steps: the released code cannot run {after} after {before}; its order is {', '.join(ORDER)}, "
+                    "each once (several rectangles of inpaint), so reorder the steps or set released: false"
+                )
+
+
+def add_noise(state: State, scale: float, rng: np.random.Generator) -> None:
+    """Adds Gaussian noise to every state of every episode left.
+
+    Each state gets one noise vector, also where it appears as a successor, so that next_observations[t] stays
+    observations[t + 1].
+
+    Args:
+        state: What is left.
+        scale: Standard deviation, as a multiple of that of all observation entries together.
+        rng: Draws one vector per step, then one per episode for its last successor.
     """
-
-    episodes: list[Episode]
-    sources: list[int]
-    decisions: list[Decision]
-
-
-class _Run:
-    """The state between two filters: which episodes are left, and the decisions so far."""
-
-    def __init__(self, episodes: Sequence[Episode], settings: Settings, task: Task, rng: np.random.Generator) -> None:
-        self.settings = settings
-        self.task = task
-        self.rng = rng
-        self.episodes = list(episodes)
-        self.sources = list(range(len(episodes)))
-        self.false: list[bool] = [False] * len(episodes)
-        self.total = len(episodes)
-        self.decisions: list[Decision] = []
-
-    def plane(self) -> tuple[Floats, Floats]:
-        returns = np.array([episode.episode_return for episode in self.episodes])
-        return returns, np.array([episode.cost_return for episode in self.episodes])
-
-    def judge(self, judgement: Judgement, changed: dict[int, Episode] | None = None) -> None:
-        """Records a judgement; drops or replaces episodes by it."""
-        changed = changed or {}
-        rows = zip(
-            judgement.index.tolist(),
-            judgement.kept.tolist(),
-            judgement.value.tolist(),
-            judgement.threshold.tolist(),
-            strict=True,
-        )
-        for position, kept, value, threshold in rows:
-            new = changed[position].id if position in changed else None
-            self.decisions.append(Decision(self.episodes[position].id, judgement.rule, kept, value, threshold, new))
-        gone = set(judgement.index[~judgement.kept].tolist()) - changed.keys()
-        left = [i for i in range(len(self.episodes)) if i not in gone]
-        if not left:
-            raise BadInput(
-                f"filter {judgement.rule}: none of its {len(self.episodes)} episodes is left "
-                f"(of {self.total} at the start); loosen its settings in rl.filter"
-            )
-        self.episodes = [changed.get(i, self.episodes[i]) for i in left]
-        self.false = [self.false[i] or (i in changed and judgement.rule == "outliers") for i in left]
-        self.sources = [self.sources[i] for i in left]
-
-    def honest(self) -> npt.NDArray[np.intp]:
-        """Positions of the episodes that inpaint and epsilon may drop: falsified ones stay."""
-        return np.flatnonzero(~np.array(self.false))
-
-    def apply(self, name: str) -> None:
-        settings, rng = self.settings, self.rng
-        returns, costs = self.plane()
-        if name == "density" and settings.density is not None:
-            grid = _resolved(settings.density, self.task)
-            sparse, crowded = density(
-                returns, costs, grid, rng, self.task.return_range, self.task.cost_range, settings.released
-            )
-            kept = sparse.survivors().tolist()
-            self.judge(sparse)
-            moved = np.searchsorted(kept, crowded.index).astype(np.intp)
-            self.judge(replace(crowded, index=moved))
-        elif name == "outliers" and settings.outliers is not None:
-            drawn = outliers(returns, costs, settings.outliers, rng)
-            limit, chosen = settings.outliers.cost_limit, np.flatnonzero(~drawn.kept).tolist()
-            self.judge(drawn, {i: falsified(self.episodes[i], limit, rng) for i in chosen})
-        elif name == "inpaint":
-            for number, rectangle in enumerate(settings.inpaint, start=1):
-                returns, costs = self.plane()
-                honest = self.honest()
-                rule = f"inpaint-{number}"
-                found = inpaint(returns[honest], costs[honest], rectangle, self.task.cost_range, rule)
-                self.judge(replace(found, index=honest))
-        elif name == "epsilon" and settings.epsilon is not None:
-            honest = self.honest()
-            self.judge(replace(epsilon(returns[honest], costs[honest], settings.epsilon), index=honest))
-        elif name == "noise" and settings.noise is not None:
-            deviation = settings.noise.scale * observation_spread(self.episodes)
-            n = len(self.episodes)
-            everything, size = np.arange(n), np.full(n, deviation)
-            blurred = {i: noisy(self.episodes[i], deviation, rng, settings.released) for i in range(n)}
-            self.judge(Judgement("noise", everything, np.zeros(n, dtype=bool), size, size), blurred)
+    data = take(state.data, state.at)
+    deviation = np.float32(scale * spread(data.observations))
+    shape = data.observations.shape
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    noise *= deviation
+    before = data.observations + noise
+    after = data.next_observations.copy()
+    after[:-1] += noise[1:]
+    last = data.ends - 1
+    after[last] = data.next_observations[last] + deviation * rng.standard_normal(
+        (len(last), shape[1]), dtype=np.float32
+    )
+    noisy(state, replace(data, observations=before, next_observations=after), float(deviation))
 
 
-def _resolved(settings: Density, task: Task) -> Density:
-    """Returns the density settings with a preset replaced by the task's published numbers."""
-    if settings.preset is None:
+def spread(observations: npt.NDArray[np.float32]) -> float:
+    """Returns the one standard deviation of all entries, in float64 but without a float64 copy of them all."""
+    flat = observations.reshape(-1)
+    mean, square = float(flat.mean(dtype=np.float64)), 0.0
+    for start in range(0, len(flat), 1 << 16):
+        piece = flat[start : start + (1 << 16)].astype(np.float64) - mean
+        square += float(piece @ piece)
+    return float(np.sqrt(square / len(flat)))
+
+
+def resolved(settings: Rule, task: Task) -> Rule:
+    """Returns settings of which density's preset is replaced by the task's published numbers.
+
+    Raises:
+        BadInput: If the task has no such preset.
+    """
+    if not isinstance(settings, filters.Density) or settings.preset is None:
         return settings
     if settings.preset not in task.density:
         known = ", ".join(sorted(task.density)) or "none"
         raise BadInput(f"filter density: task {task.name} has no preset {settings.preset!r}; it has {known}")
     cost_bins, return_bins, most, least = task.density[settings.preset]
-    return replace(
-        settings, preset=None, cost_bins=cost_bins, return_bins=return_bins, max_per_cell=most, min_per_cell=least
-    )
+    return filters.Density(cost_bins, return_bins, most, least, box=settings.box)
 
 
-def apply(episodes: Sequence[Episode], settings: Settings, task: Task, seed: int) -> Filtered:
-    """Runs the filters over a data set.
+def _run(state: State, settings: Rule, rng: np.random.Generator, rectangle: str) -> None:
+    """Runs one rule on what is left."""
+    task, returns, costs = state.task, state.returns, state.costs
+    match settings:
+        case filters.Ranges():
+            _judge(state, filters.ranges(returns, costs, settings))
+        case filters.Thin():
+            state.judge(filters.thin(returns, costs, settings, rng))
+        case filters.Density():
+            _judge(state, filters.density(returns, costs, settings, rng, task.return_range, task.cost_range))
+        case filters.Outliers():
+            published = settings.box == "task"
+            highest = (
+                task.cost_range[1] if published else float(costs.max()),
+                task.return_range[1] if published else float(returns.max()),
+            )
+            falsify(state, *_claims(state, filters.outliers(returns, costs, settings, rng, highest), settings, rng))
+        case filters.Inpaint():
+            honest = np.flatnonzero(~state.planted)
+            width = filters.box(costs[honest], task.cost_range, settings.box, "inpaint")
+            found = filters.inpaint(returns[honest], costs[honest], settings, width, rectangle)
+            state.judge(replace(found, index=honest))
+        case filters.Epsilon():
+            honest = np.flatnonzero(~state.planted)
+            state.judge(replace(filters.epsilon(returns[honest], costs[honest], settings), index=honest))
+        case filters.Noise():
+            add_noise(state, settings.scale, rng)
+
+
+def _judge(state: State, judgements: list[Judgement]) -> None:
+    """Records judgements of one rule, each on what the ones before it left."""
+    for judgement in judgements:
+        state.judge(replace(judgement, index=np.arange(len(state.at))))
+
+
+def _claims(
+    state: State, drawn: Judgement, settings: filters.Outliers, rng: np.random.Generator
+) -> tuple[Judgement, list[tuple[int, Positions]]]:
+    """Draws what falsified episodes claim: k ~ U{0, …, floor(limit) - 1}, as a cost of 1 at k random steps."""
+    chosen = drawn.fallen()
+    lengths = (state.data.ends - state.data.starts)[state.at[chosen]]
+    numbers = np.minimum(rng.integers(int(settings.cost_limit), size=len(chosen)), lengths)
+    pairs = zip(chosen.tolist(), numbers.tolist(), lengths.tolist(), strict=True)
+    return drawn, [(i, rng.choice(length, size=k, replace=False)) for i, k, length in pairs]
+
+
+def apply(data: Dataset, settings: Settings, task: Task, seed: int) -> Filtered:
+    """Runs the steps over a data set.
 
     Args:
-        episodes: The data set, at least one episode.
-        settings: Which filters run, and how.
+        data: The data set, at least one episode; left as it is.
+        settings: Which rules run, and how.
         task: Gives the published ranges and presets.
-        seed: Seeds one generator that all filters draw from, in order.
+        seed: Seeds one generator that all rules draw from, in order. The released code seeds its own for all rules
+            but density and thin, which draw from Python's ``random``, seeded by this.
 
     Returns:
         The episodes left, where each came from, and every decision.
 
     Raises:
-        BadInput: If there are no episodes, a filter leaves none, or its settings do not fit the data;
-            the message names the filter.
+        BadInput: If there are no episodes, a rule leaves none, or its settings do not fit the data; the message
+            names the rule.
     """
-    if not episodes:
+    if not len(data):
         raise BadInput("filter: the data set holds no episodes; collect some first")
-    run = _Run(episodes, settings, task, np.random.default_rng(seed))
-    for name in settings.order:
-        run.apply(name)
-    if not run.decisions:
-        # No filter is switched on: say so for every episode, since lineage asks for a row each.
-        run.judge(
-            Judgement(
-                "none",
-                np.arange(len(episodes)),
-                np.ones(len(episodes), dtype=bool),
-                np.full(len(episodes), np.nan),
-                np.full(len(episodes), np.nan),
-            )
-        )
-    return Filtered(run.episodes, run.sources, run.decisions)
+    state = State(data, task)
+    steps = [resolved(step.settings, task) for step in settings.steps]
+    if settings.released:
+        filters_released.run(state, steps, seed)
+    else:
+        rng = np.random.default_rng(seed)
+        for number, step in enumerate(steps):
+            rectangle = 1 + sum(isinstance(before, filters.Inpaint) for before in steps[:number])
+            _run(state, step, rng, f"inpaint-{rectangle}")
+    return state.outcome()

@@ -1,29 +1,31 @@
-"""Filters that shape a data set of episodes, with a reason recorded for every episode.
+"""Rules that filter a data set of episodes, each with a reason for every episode it looked at.
 
-These are the five "difficulty" filters of the DSRL benchmark (Liu et al. 2023, "Datasets and
-Benchmarks for Offline Safe Reinforcement Learning", section 4 and its ``pre_process_data``), with
-the semantics they were meant to have; ``docs/methods/filters.md`` lists each difference from the
-released code, and ``released=True`` brings back those that change results.
+Source: Liu et al. 2023, "Datasets and Benchmarks for Offline Safe Reinforcement Learning" (DSRL), the filters of its
+section 4 and of ``pre_process_data`` in the released package (density, outliers, inpaint, epsilon, noise); the
+rejection by range and the thinning over a grid are those by which its episodes were collected (FSRL's trajectory
+buffer and ``process_dataset``). The rules here have the semantics they were meant to have;
+``docs/methods/filters.md`` lists each difference from the released code, which ``filters_released.py`` reproduces.
 
-Every rule is a pure function of episode returns and costs (and a generator) that gives a
-:class:`Judgement`: for each episode it looked at, a value, a threshold and what followed from
-comparing the two. Nothing is dropped without such a row. ``filter_chain.apply`` runs several in order.
+A rule is a function of the episodes' returns and costs, both (n,) arrays, and perhaps a generator, that gives a
+:class:`Judgement`: for each episode it looked at, a value, a threshold and what followed from comparing the two.
+Nothing is dropped without such a row. ``filter_chain.apply`` runs several rules in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from springhead.errors import BadInput
-from springhead.rl.dataset import Episode
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+Positions = npt.NDArray[np.intp]
+Box = Literal["data", "task"]
+"""Where a range of returns or costs comes from: the data at hand, or the task's published range."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,47 @@ class Judgement:
     """
 
     rule: str
-    index: npt.NDArray[np.intp]
+    index: Positions
     kept: Flags
     value: Floats
     threshold: Floats
 
-    def survivors(self) -> npt.NDArray[np.intp]:
+    def survivors(self) -> Positions:
         """Positions of the episodes that were kept."""
         return self.index[self.kept]
+
+    def fallen(self) -> Positions:
+        """Positions of the episodes that were dropped or are replaced."""
+        return self.index[~self.kept]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Settings of the range filter: a box of the (cost, return) plane; null leaves a side open."""
+
+    cost_min: float | None = None
+    cost_max: float | None = None
+    return_min: float | None = None
+    return_max: float | None = None
+
+    def __post_init__(self) -> None:
+        bounds = (self.cost_min, self.cost_max, self.return_min, self.return_max)
+        if all(bound is None for bound in bounds):
+            raise ValueError("needs at least one of cost_min, cost_max, return_min and return_max")
+        for name, low, high in (("cost", *bounds[:2]), ("return", *bounds[2:])):
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{name}_min {low:g} is above {name}_max {high:g}")
+
+
+@dataclass(frozen=True)
+class Thin:
+    """Settings of the thinning over a grid: at most so many episodes, spread over the plane."""
+
+    max_episodes: int
+
+    def __post_init__(self) -> None:
+        if self.max_episodes < 1:
+            raise ValueError("max_episodes must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -61,14 +96,14 @@ class Density:
     """Cells with this many episodes or fewer are emptied."""
     preset: str | None = None
     """Use the benchmark's four numbers for the task instead, by their name ("0.5", "0.75")."""
-    box: Literal["data", "task"] = "data"
+    box: Box = "data"
     """What the grid covers: the range of the data, or its overlap with the task's published range."""
 
     def __post_init__(self) -> None:
         if self.cost_bins < 1 or self.return_bins < 1:
-            raise ValueError("density: cost_bins and return_bins must be at least 1")
+            raise ValueError("cost_bins and return_bins must be at least 1")
         if self.max_per_cell < 1 or self.min_per_cell < 0 or self.max_per_cell < self.min_per_cell:
-            raise ValueError("density: needs max_per_cell >= 1 and 0 <= min_per_cell <= max_per_cell")
+            raise ValueError("needs max_per_cell >= 1 and 0 <= min_per_cell <= max_per_cell")
 
 
 @dataclass(frozen=True)
@@ -79,10 +114,12 @@ class Outliers:
     """Share of all episodes to falsify, above 0 and below 1; at least one episode is."""
     cost_limit: float
     """Falsified episodes report a cost below this limit; at least 1."""
+    box: Box = "data"
+    """Whose highest cost and return the candidates must reach half of."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1 or self.cost_limit < 1:
-            raise ValueError("outliers: needs 0 < fraction < 1 and cost_limit >= 1")
+            raise ValueError("needs 0 < fraction < 1 and cost_limit >= 1")
 
 
 @dataclass(frozen=True)
@@ -93,10 +130,12 @@ class Inpaint:
     cost_to: float
     return_from: float
     return_to: float
+    box: Box = "data"
+    """Whose range of costs ``cost_from`` and ``cost_to`` are fractions of."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.cost_from <= self.cost_to <= 1 and 0 <= self.return_from <= self.return_to <= 1):
-            raise ValueError("inpaint: each range must satisfy 0 <= from <= to <= 1")
+            raise ValueError("each range must satisfy 0 <= from <= to <= 1")
 
 
 @dataclass(frozen=True)
@@ -110,7 +149,7 @@ class Epsilon:
 
     def __post_init__(self) -> None:
         if self.epsilon == 0:
-            raise ValueError("epsilon: 0 names neither side; use null to switch the filter off")
+            raise ValueError("epsilon: 0 names neither side; leave the step out to switch the filter off")
 
 
 @dataclass(frozen=True)
@@ -122,45 +161,86 @@ class Noise:
 
     def __post_init__(self) -> None:
         if not self.scale > 0:
-            raise ValueError("noise: scale must be above 0; use null to switch the filter off")
+            raise ValueError("scale must be above 0; leave the step out to switch the filter off")
 
 
-ORDER = ("density", "outliers", "inpaint", "epsilon", "noise")
-"""The benchmark's order of the filters."""
+def ranges(returns: Floats, costs: Floats, settings: Ranges) -> list[Judgement]:
+    """Rejects episodes outside a box of the plane: one judgement per bound that is set.
+
+    Value is the episode's cost or return, threshold the bound; the bounds themselves are inside. Each judgement
+    looks at what the ones before it have left.
+
+    Args:
+        returns: (n,) episode returns.
+        costs: (n,) episode costs.
+        settings: The box.
+    """
+    left = np.arange(len(returns))
+    found = []
+    for name, values, bound, sign in (
+        ("range-cost-min", costs, settings.cost_min, -1),
+        ("range-cost-max", costs, settings.cost_max, 1),
+        ("range-return-min", returns, settings.return_min, -1),
+        ("range-return-max", returns, settings.return_max, 1),
+    ):
+        if bound is not None:
+            value = values[left]
+            found.append(Judgement(name, left, sign * value <= sign * bound, value, np.full(len(left), float(bound))))
+            left = found[-1].survivors()
+    return found
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Which filters run, in which order. A filter whose settings are null does not run."""
+def cells(values: Floats, low: float, high: float, bins: int) -> npt.NDArray[np.int64]:
+    """Returns the grid cell of each value, 0 … bins - 1, or -1 outside [low, high].
 
-    density: Density | None = None
-    outliers: Outliers | None = None
-    inpaint: tuple[Inpaint, ...] = ()
-    epsilon: Epsilon | None = None
-    noise: Noise | None = None
-    order: tuple[str, ...] = ORDER
-    released: bool = False
-    """Bring back what the released code does differently (``docs/methods/filters.md``)."""
-
-    def __post_init__(self) -> None:
-        if sorted(self.order) != sorted(ORDER):
-            raise ValueError(f"order: must name each of {', '.join(ORDER)} once, got {', '.join(self.order)}")
-
-
-def cells(values: Floats, low: float, high: float, bins: int, released: bool = False) -> npt.NDArray[np.int64]:
-    """Returns the grid cell of each value, 0 … bins − 1, or −1 outside [low, high].
-
-    The highest value belongs to the last cell; the released code gave it a cell of its own, number
-    ``bins``. Where all values are equal the grid has no width, and they share cell 0.
+    The highest value belongs to the last cell. Where all values are equal the grid has no width, and they share
+    cell 0.
     """
     outside = (values < low) | (values > high)
-    if high > low:
-        found = np.floor((values - low) / ((high - low) / bins)).astype(np.int64)
-        if not released:
-            found = np.minimum(found, bins - 1)
-    else:
-        found = np.zeros(len(values), dtype=np.int64)
-    return np.where(outside, -1, found)
+    if not high > low:
+        return np.where(outside, -1, 0)
+    found = np.minimum(np.floor((values - low) / ((high - low) / bins)), bins - 1)
+    return np.where(outside, -1, found.astype(np.int64))
+
+
+def thin(returns: Floats, costs: Floats, settings: Thin, rng: np.random.Generator) -> Judgement:
+    """Keeps at most ``max_episodes`` of the episodes, spread over a grid on the plane.
+
+    The grid has ceil(sqrt(max_episodes)) cells a side over the range of the data. The last episode of every
+    non-empty cell is kept; what room is left is filled by drawing a non-empty cell, each as likely as another, and
+    keeping its last episode that is not kept yet. Where there are more non-empty cells than room, cells that are
+    kept are drawn at random too. Value is an episode's place in that order, from 1, threshold ``max_episodes``.
+
+    The draws are made without a loop: every cell is a clock that strikes after exponential waiting times of mean 1,
+    and of several such clocks each is as likely as another to strike next.
+    """
+    n = len(returns)
+    side = int(np.ceil(np.sqrt(settings.max_episodes)))
+    across, up = (cells(x, float(x.min()), float(x.max()), side) for x in (costs, returns))
+    cell = across * side + up
+    order = np.lexsort((-np.arange(n), cell))  # by cell, the last episode first
+    first = np.r_[True, cell[order][1:] != cell[order][:-1]]
+    waits = rng.exponential(size=n)
+    clock = np.cumsum(waits)
+    since = clock - clock[np.maximum.accumulate(np.where(first, np.arange(n), 0))]
+    # The first of each cell come before all others, in random order; then whose cell's clock strikes earlier.
+    place = np.empty(n)
+    place[order[np.lexsort((np.where(first, waits, since), ~first))]] = np.arange(1.0, n + 1)
+    threshold = np.full(n, float(settings.max_episodes))
+    return Judgement("thin", np.arange(n), place <= threshold, place, threshold)
+
+
+def box(values: Floats, published: tuple[float, float] | None, which: Box, rule: str) -> tuple[float, float]:
+    """Returns the range a rule works on: that of the values, or the published one.
+
+    Raises:
+        BadInput: If the published range is asked for and there is none.
+    """
+    if which == "data":
+        return float(values.min()), float(values.max())
+    if published is None:
+        raise BadInput(f"filter {rule}: box 'task' needs the task's published ranges; use box 'data'")
+    return published
 
 
 def density(
@@ -170,7 +250,6 @@ def density(
     rng: np.random.Generator,
     return_range: tuple[float, float] | None = None,
     cost_range: tuple[float, float] | None = None,
-    released: bool = False,
 ) -> list[Judgement]:
     """Evens out the (cost, return) plane: empties sparse cells, then thins crowded ones.
 
@@ -186,37 +265,31 @@ def density(
         rng: Draws the random order.
         return_range: The published range, for ``box="task"``.
         cost_range: Likewise.
-        released: Give the highest value a cell of its own.
     """
-    boxes = [(float(x.min()), float(x.max())) for x in (costs, returns)]
-    if settings.box == "task":
-        if return_range is None or cost_range is None:
-            raise BadInput("filter density: box 'task' needs the task's published ranges; use box 'data'")
-        published = (cost_range, return_range)
-        boxes = [(max(b[0], p[0]), min(b[1], p[1])) for b, p in zip(boxes, published, strict=True)]
-    across = cells(costs, *boxes[0], settings.cost_bins, released)
-    up = cells(returns, *boxes[1], settings.return_bins, released)
-    cell = np.where((across < 0) | (up < 0), -1, across * (settings.return_bins + 1) + up)
-    _, member, number = np.unique(cell, return_inverse=True, return_counts=True)
-    count = np.where(cell < 0, 0, number[member]).astype(np.float64)
-    everything = np.arange(len(returns))
+    placed = []
+    for values, published, bins in (
+        (costs, cost_range, settings.cost_bins),
+        (returns, return_range, settings.return_bins),
+    ):
+        low, high = box(values, None, "data", "density")
+        if settings.box == "task":
+            least, most = box(values, published, "task", "density")
+            low, high = max(low, least), min(high, most)
+        placed.append(cells(values, low, high, bins))
+    across, up = placed
+    cell = np.where((across < 0) | (up < 0), -1, across * settings.return_bins + up)
+    count = np.where(cell < 0, 0, np.bincount(cell + 1)[cell + 1]).astype(np.float64)
     sparse = Judgement(
         "density-sparse",
-        everything,
+        np.arange(len(returns)),
         (count > settings.min_per_cell) & (cell >= 0),
         count,
         np.full(len(returns), float(settings.min_per_cell)),
     )
     left = sparse.survivors()
     place = _places(cell[left], rng)
-    crowded = Judgement(
-        "density-crowded",
-        left,
-        place <= settings.max_per_cell,
-        place,
-        np.full(len(left), float(settings.max_per_cell)),
-    )
-    return [sparse, crowded]
+    most_allowed = np.full(len(left), float(settings.max_per_cell))
+    return [sparse, Judgement("density-crowded", left, place <= most_allowed, place, most_allowed)]
 
 
 def _places(group: npt.NDArray[np.int64], rng: np.random.Generator) -> Floats:
@@ -230,38 +303,41 @@ def _places(group: npt.NDArray[np.int64], rng: np.random.Generator) -> Floats:
     return places
 
 
-def outliers(returns: Floats, costs: Floats, settings: Outliers, rng: np.random.Generator) -> Judgement:
+def outliers(
+    returns: Floats, costs: Floats, settings: Outliers, rng: np.random.Generator, highest: tuple[float, float]
+) -> Judgement:
     """Draws the episodes to falsify among those with high cost and high return.
 
     Candidates have at least half the highest cost and half the highest return. Value is a
     candidate's place in a random draw, from 1, threshold the number to falsify; those up to the
-    threshold are replaced (``kept`` is False), see :func:`falsified`.
+    threshold are replaced (``kept`` is False), see ``filter_chain``.
+
+    Args:
+        returns: (n,) episode returns.
+        costs: (n,) episode costs.
+        settings: How many, and the limit they claim to respect.
+        rng: Draws the order of the candidates.
+        highest: Highest (cost, return), of the data or as published.
 
     Raises:
         BadInput: If there are fewer candidates than episodes to falsify.
     """
     number = max(1, int(len(returns) * settings.fraction))
-    candidates = np.flatnonzero((costs >= costs.max() / 2) & (returns >= returns.max() / 2))
-    if len(candidates) < number:
-        raise BadInput(
-            f"filter outliers: {number} of {len(returns)} episodes are to be falsified, but only {len(candidates)} "
-            "have high cost and high return; lower rl.filter.outliers.fraction"
-        )
+    candidates = np.flatnonzero((costs >= highest[0] / 2) & (returns >= highest[1] / 2))
+    check_candidates(len(candidates), number, len(returns))
     value = np.full(len(returns), np.nan)
     value[candidates] = rng.permutation(len(candidates)) + 1.0
     threshold = np.full(len(returns), float(number))
     return Judgement("outliers", np.arange(len(returns)), ~(value <= number), value, threshold)
 
 
-def falsified(episode: Episode, cost_limit: float, rng: np.random.Generator) -> Episode:
-    """Returns an episode that claims half again its rewards and a cost below the limit.
-
-    The cost is k ~ U{0, …, ⌊limit⌋ − 1}, as 1 at k random steps and 0 elsewhere.
-    """
-    claimed = min(int(rng.integers(int(cost_limit))), episode.length)
-    costs = np.zeros_like(episode.costs)
-    costs[rng.choice(episode.length, size=claimed, replace=False)] = 1.0
-    return replace(episode, rewards=(episode.rewards * np.float32(1.5)).astype(np.float32), costs=costs)
+def check_candidates(candidates: int, number: int, total: int) -> None:
+    """Raises BadInput where fewer episodes can be falsified than are to be."""
+    if candidates < number:
+        raise BadInput(
+            f"filter outliers: {number} of {total} episodes are to be falsified, but only {candidates} "
+            "have high cost and high return; lower the step's fraction in rl.filter.steps"
+        )
 
 
 def inpaint(
@@ -269,7 +345,7 @@ def inpaint(
 ) -> Judgement:
     """Empties a rectangle of the plane.
 
-    The strip of costs is a fraction of the task's cost range. Within it, value is where the return
+    The strip of costs is a fraction of a cost range. Within it, value is where the return
     lies between the strip's lowest (0) and highest (1) return, threshold the rectangle's upper end;
     episodes from ``return_from`` to ``return_to`` are dropped. Outside the strip value is NaN.
     """
@@ -296,32 +372,3 @@ def epsilon(returns: Floats, costs: Floats, settings: Epsilon) -> Judgement:
     bound = returns[side].max() - abs(settings.epsilon) if side.any() else np.nan
     threshold = np.where(side, bound, np.nan)
     return Judgement("epsilon", np.arange(len(returns)), ~(value >= threshold), value, threshold)
-
-
-def observation_spread(episodes: Sequence[Episode]) -> float:
-    """Returns the one standard deviation of all observation entries of all episodes."""
-    count = sum(episode.observations.size for episode in episodes)
-    total = sum(float(episode.observations.sum(dtype=np.float64)) for episode in episodes)
-    mean = total / count
-    square = sum(float(((episode.observations - mean) ** 2).sum(dtype=np.float64)) for episode in episodes)
-    return float(np.sqrt(square / count))
-
-
-def noisy(episode: Episode, deviation: float, rng: np.random.Generator, released: bool = False) -> Episode:
-    """Returns an episode whose states carry Gaussian noise.
-
-    Each state gets one noise vector, also where it appears as a successor, so that
-    next_observations[t] stays observations[t + 1]. The released code draws the two independently.
-    """
-    width = episode.observations.shape[1]
-    if released:
-        draws = rng.normal(0.0, deviation, (2, episode.length, width))
-        before, after = draws[0], draws[1]
-    else:
-        draws = rng.normal(0.0, deviation, (episode.length + 1, width))
-        before, after = draws[:-1], draws[1:]
-    return replace(
-        episode,
-        observations=(episode.observations + before).astype(np.float32),
-        next_observations=(episode.next_observations + after).astype(np.float32),
-    )

@@ -1,31 +1,32 @@
-"""Filters one task's episodes by the benchmark's rules, and writes down why each was kept, dropped or changed.
+"""Filters one task's episodes step by step, and writes down why each was kept, dropped or changed.
 
 Reads the collected data set and its row table. Writes the filtered ``dataset.hdf5`` and ``rows.parquet``, the
-decisions table (one row per rule and episode it looked at), and a plot of the plane before and after.
+decisions table (one row per rule and episode it looked at), and the plane before and after, as numbers and pictures.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from springhead.errors import BadInput
-from springhead.rl import filters, plots
-from springhead.rl.dataset import Episode, read_dsrl, write_dsrl
-from springhead.rl.filter_chain import Decision, Filtered, apply
+from springhead.rl import filter_chain, plots
+from springhead.rl.dataset import Dataset, read_dsrl, write_dsrl
+from springhead.rl.filter_chain import apply
+from springhead.rl.filter_state import Filtered
 from springhead.rl.tasks import Task, task
 from springhead.stage import Stage, run_stage
 from springhead.tables import read_table, write_table
 
 
 @dataclass(frozen=True)
-class Params(filters.Settings):
-    """Parameters of ``rl.filter``: the settings of each filter and their order."""
+class Params(filter_chain.Settings):
+    """Parameters of ``rl.filter``: the steps in their order, and whether to do as the released code does."""
 
 
 DECISIONS = pa.schema(
@@ -42,77 +43,80 @@ DECISIONS = pa.schema(
 ``replaced_by`` is the id of the changed episode that took the place of this one."""
 
 
-def write_decisions(path: Path, decisions: Sequence[Decision]) -> None:
+def write_decisions(path: Path, columns: dict[str, npt.NDArray[Any]]) -> None:
     """Writes the decisions table."""
-    columns = {name: [getattr(decision, name) for decision in decisions] for name in Decision._fields}
-    for name in ("value", "threshold"):
-        columns[name] = [None if math.isnan(value) else value for value in columns[name]]
-    write_table(path, columns, DECISIONS)
+    numbers = {name: pa.array(columns[name], from_pandas=True) for name in ("value", "threshold")}
+    write_table(path, {**columns, **numbers}, DECISIONS)
 
 
-def filtered_rows(rows: pa.Table, filtered: Filtered) -> dict[str, list[object]]:
+def filtered_rows(rows: pa.Table, filtered: Filtered, ids: npt.NDArray[np.object_]) -> dict[str, list[object]]:
     """Returns the columns of the row table of what is left.
 
     A changed episode gets its own id, with the id of its source as its parent, and its own sums.
+
+    Args:
+        rows: The row table of the input.
+        filtered: What is left.
+        ids: The id of every version, see ``Filtered.ids``.
     """
     columns: dict[str, list[object]] = rows.take(pa.array(filtered.sources, pa.int64())).to_pydict()
-    for number, episode in enumerate(filtered.episodes):
-        source = columns["id"][number]
-        if episode.id != source:
-            columns["parents"][number] = [source]
-        columns["id"][number] = episode.id
+    left = filtered.left(ids)
+    for number in np.flatnonzero(filtered.changed).tolist():
+        episode = filtered.dataset.episode(number)
+        columns["parents"][number] = [columns["id"][number]]
+        columns["id"][number] = left[number]
         columns["episode_return"][number] = episode.episode_return
         columns["cost_return"][number] = episode.cost_return
         columns["length"][number] = episode.length
-        columns["index"][number] = number
+    columns["index"] = list(range(len(left)))
     return columns
 
 
-def read_collected(folder: Path) -> tuple[list[Episode], pa.Table]:
+def read_collected(folder: Path) -> tuple[Dataset, pa.Table]:
     """Reads the collected episodes and their row table.
 
     Raises:
         BadInput: If the two do not describe the same episodes.
     """
-    episodes = read_dsrl(folder / "dataset.hdf5").episodes()
+    data = read_dsrl(folder / "dataset.hdf5")
     rows = read_table(folder / "rows.parquet")
-    if rows["id"].to_pylist() != [episode.id for episode in episodes]:
+    if rows["id"].to_pylist() != [episode.id for episode in data.episodes()]:
         raise BadInput(f"{folder}: rows.parquet and dataset.hdf5 name different episodes; collect them again")
-    return episodes, rows
+    return data, rows
 
 
-def draw(out: Path, episodes: Sequence[Episode], filtered: Filtered, of: Task) -> None:
+def draw(out: Path, data: Dataset, filtered: Filtered, of: Task) -> None:
     """Writes ``scatter.csv`` and ``scatter.png``: every collected episode, and whether it is left unchanged."""
-    returns = np.array([episode.episode_return for episode in episodes])
-    costs = np.array([episode.cost_return for episode in episodes])
-    kept = np.zeros(len(episodes), dtype=bool)
-    kept[filtered.sources] = True
+    kept = np.zeros(len(data), dtype=bool)
+    kept[filtered.sources[~filtered.changed]] = True
     lines = ["cost_return,episode_return,outcome"]
-    for cost, value, stays in zip(costs.tolist(), returns.tolist(), kept.tolist(), strict=True):
+    for cost, value, stays in zip(
+        data.cost_returns.tolist(), data.episode_returns.tolist(), kept.tolist(), strict=True
+    ):
         lines.append(f"{cost:.6g},{value:.6g},{'kept' if stays else 'dropped'}")
     (out / "scatter.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plots.scatter(
-        out / "scatter.png", returns, costs, kept, of.limits, f"{of.name}: episodes before and after filtering"
-    )
+    title = f"{of.name}: episodes before and after filtering"
+    plots.scatter(out / "scatter.png", data.episode_returns, data.cost_returns, kept, of.limits, title)
 
 
 def run(stage: Stage[Params]) -> None:
     """Filters the task's episodes."""
     of = task(stage.item["task"])
-    episodes, rows = read_collected(stage.input("collect"))
-    filtered = apply(episodes, stage.params, of, stage.seed)
-    write_dsrl(stage.out / "dataset.hdf5", filtered.episodes)
-    write_table(stage.out / "rows.parquet", filtered_rows(rows, filtered), rows.schema)
-    write_decisions(stage.out / "decisions.parquet", filtered.decisions)
-    draw(stage.out, episodes, filtered, of)
-    stage.dataset(stage.out / "dataset.hdf5", f"{of.name} filtered episodes", len(filtered.episodes), role="output")
-    costs = np.array([episode.cost_return for episode in filtered.episodes])
+    data, rows = read_collected(stage.input("collect"))
+    filtered = apply(data, stage.params, of, stage.seed)
+    ids = filtered.ids(rows["id"].to_pylist())
+    left = filtered.dataset
+    write_dsrl(stage.out / "dataset.hdf5", left.episodes())
+    write_table(stage.out / "rows.parquet", filtered_rows(rows, filtered, ids), rows.schema)
+    write_decisions(stage.out / "decisions.parquet", filtered.decisions(ids))
+    draw(stage.out, data, filtered, of)
+    stage.dataset(stage.out / "dataset.hdf5", f"{of.name} filtered episodes", len(left), role="output")
     stage.metrics(
         {
-            "episodes": len(episodes),
-            "left": len(filtered.episodes),
-            "changed": sum(decision.replaced_by is not None for decision in filtered.decisions),
-            **{f"within_limit_{limit:g}": int((costs <= limit).sum()) for limit in of.limits},
+            "episodes": len(data),
+            "left": len(left),
+            "changed": int(filtered.changed.sum()),
+            **{f"within_limit_{limit:g}": int((left.cost_returns <= limit).sum()) for limit in of.limits},
         }
     )
 

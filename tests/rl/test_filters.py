@@ -1,16 +1,18 @@
 """Every filter against hand-computed numbers, and the chain of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from springhead.errors import BadInput
 from springhead.params import load
-from springhead.rl import filters
-from springhead.rl.dataset import read_dsrl, write_dsrl
-from springhead.rl.filter_chain import apply
-from springhead.rl.filters import Density, Epsilon, Inpaint, Noise, Outliers, Settings
+from springhead.rl import filter_chain, filters
+from springhead.rl.dataset import Dataset, Episode, read_dsrl, write_dsrl
+from springhead.rl.filter_chain import Settings, Step, apply
+from springhead.rl.filter_state import Filtered
+from springhead.rl.filters import Density, Epsilon, Inpaint, Noise, Outliers, Ranges, Thin
 from springhead.stage import for_test
 from springhead.tables import read_table, write_table
 from stages.rl import collect
@@ -24,13 +26,22 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+def chain(episodes: list[Episode], seed: int = 0, *steps: dict[str, Any], **step: Any) -> Filtered:
+    """Runs steps over BallCircle episodes."""
+    listed = tuple(Step(**s) for s in (*steps, *([step] if step else [])))
+    return apply(Dataset.of(episodes), Settings(listed), BALL, seed)
+
+
+def decisions(left: Filtered) -> list[dict[str, Any]]:
+    """The decisions table, row by row; NaN as None, so that rows compare."""
+    columns = {k: v.tolist() for k, v in left.decisions(left.ids()).items()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [{k: None if v != v else v for k, v in row.items()} for row in rows]
+
+
 def test_the_highest_value_belongs_to_the_last_cell() -> None:
     values = np.array([0.0, 2.4, 2.5, 9.9, 10.0])
     assert filters.cells(values, 0.0, 10.0, 4).tolist() == [0, 0, 1, 3, 3]
-
-
-def test_the_released_code_gives_the_highest_value_a_cell_of_its_own() -> None:
-    assert filters.cells(np.array([9.9, 10.0]), 0.0, 10.0, 4, released=True).tolist() == [3, 4]
 
 
 def test_values_outside_the_grid_have_no_cell_and_equal_values_share_one() -> None:
@@ -71,31 +82,78 @@ def test_density_over_the_published_box_drops_what_lies_outside() -> None:
 
 
 def test_density_is_the_same_for_the_same_seed_and_differs_for_another() -> None:
-    episodes = spread(60)
-    settings = Settings(density=Density(2, 2, max_per_cell=4))
-    first, again, other = (apply(episodes, settings, BALL, seed) for seed in (1, 1, 2))
-    assert first.sources == again.sources != other.sources
-    assert first.decisions == again.decisions
+    first, again, other = (chain(spread(60), seed, density=Density(2, 2, max_per_cell=4)) for seed in (1, 1, 2))
+    assert first.sources.tolist() == again.sources.tolist() != other.sources.tolist()
+    assert decisions(first) == decisions(again)
+
+
+def test_ranges_keep_what_lies_on_their_bounds() -> None:
+    returns, costs = np.array([0.0, 1.0, 2.0, 3.0]), np.array([9.0, 20.0, 21.0, 0.0])
+    high, low = filters.ranges(returns, costs, Ranges(cost_max=20.0, return_min=1.0))
+    assert (high.rule, high.index.tolist(), high.kept.tolist()) == ("range-cost-max", [0, 1, 2, 3], [1, 1, 0, 1])
+    assert (low.rule, low.index.tolist(), low.kept.tolist()) == ("range-return-min", [0, 1, 3], [0, 1, 1])
+    assert set(high.threshold) == {20.0}
+    assert low.value.tolist() == [0.0, 1.0, 3.0]
+
+
+def test_thinning_keeps_the_last_of_every_cell_and_fills_cells_alike() -> None:
+    # Four cells of a two by two grid: 60, 3, 2 and 1 episodes.
+    sizes = [((0.0, 0.0), 60), ((0.0, 9.0), 3), ((9.0, 0.0), 2), ((9.0, 9.0), 1)]
+    costs, returns = (np.repeat([x[axis] for x, _ in sizes], [n for _, n in sizes]) for axis in (0, 1))
+    last = np.cumsum([n for _, n in sizes]) - 1
+    few = filters.thin(returns, costs, Thin(4), rng())
+    assert few.survivors().tolist() == last.tolist()
+    # One more: a cell that has any left is as likely as another, though one has 59 and one has 1.
+    extra = [set(filters.thin(returns, costs, Thin(5), np.random.default_rng(seed)).survivors()) for seed in range(300)]
+    grids = [filters.thin(returns, costs, Thin(5), np.random.default_rng(seed)) for seed in range(300)]
+    assert all(len(kept) == 5 for kept in extra)
+    assert all((g.kept == (g.value <= 5)).all() for g in grids)
+    # Thin(5) has three cells a side, but these four corners stay four cells.
+    drawn = np.array([(kept - set(last.tolist())).pop() for kept in extra])
+    shares = [np.mean(drawn == 58), np.mean(drawn == 61), np.mean(drawn == 63)]
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.09)  # three standard errors of 300 draws
+    everything = filters.thin(returns, costs, Thin(66), rng())
+    assert everything.kept.all()
+
+
+def test_thinning_to_less_than_there_are_cells_draws_cells() -> None:
+    values = np.arange(9.0)
+    kept = {tuple(filters.thin(values, values, Thin(2), np.random.default_rng(s)).survivors()) for s in range(30)}
+    assert len(kept) == 1  # two cells a side: one of either half, its last
+    grid = np.array([0.0, 0.0, 9.0, 9.0]), np.array([0.0, 9.0, 0.0, 9.0])
+    drawn = {tuple(filters.thin(*grid, Thin(2), np.random.default_rng(s)).survivors()) for s in range(60)}
+    assert len(drawn) == 6  # any two of four cells
 
 
 def test_outliers_are_drawn_from_high_cost_and_high_return() -> None:
     returns, costs = np.array([10.0, 10.0, 4.0, 5.0]), np.array([20.0, 9.0, 20.0, 10.0])
-    drawn = filters.outliers(returns, costs, Outliers(0.25, 20), rng())
+    drawn = filters.outliers(returns, costs, Outliers(0.25, 20), rng(), (20.0, 10.0))
     candidates = {0, 3}  # cost at least 10 and return at least 5
     assert set(np.flatnonzero(~drawn.kept).tolist()) < candidates
     assert np.isnan(drawn.value[[1, 2]]).all()
-    with pytest.raises(BadInput, match="filter outliers: 3 of 4"):
-        filters.outliers(returns, costs, Outliers(0.8, 20), rng())
+    with pytest.raises(BadInput, match=r"filter outliers: 3 of 4.*rl\.filter\.steps"):
+        filters.outliers(returns, costs, Outliers(0.8, 20), rng(), (20.0, 10.0))
 
 
 def test_a_falsified_episode_claims_more_reward_and_a_cost_below_the_limit() -> None:
-    source = dataset([(100.0, 15)])[0]
-    claimed = {filters.falsified(source, 4, np.random.default_rng(seed)).cost_return for seed in range(40)}
+    source = dataset([(100.0, 15)])
+    claimed = set()
+    for seed in range(40):
+        left = chain(source, seed, outliers=Outliers(0.5, 4))
+        [changed] = left.dataset.episodes()
+        claimed.add(changed.cost_return)
+        assert changed.episode_return == pytest.approx(150.0)
+        assert (changed.observations == source[0].observations).all()
+        assert set(np.unique(changed.costs)) <= {0.0, 1.0}
     assert claimed == {0.0, 1.0, 2.0, 3.0}
-    changed = filters.falsified(source, 4, rng())
-    assert changed.episode_return == pytest.approx(150.0)
-    assert (changed.observations == source.observations).all()
-    assert set(np.unique(changed.costs)) <= {0.0, 1.0}
+    assert source[0].cost_return == 15  # the input is left as it was
+
+
+def test_a_task_s_published_maxima_can_decide_who_is_an_outlier() -> None:
+    episodes = dataset([(10.0, 10)] * 4)
+    assert chain(episodes, outliers=Outliers(0.3, 4)).changed.sum() == 1
+    with pytest.raises(BadInput, match="only 0 have high cost"):
+        chain(episodes, outliers=Outliers(0.3, 4, box="task"))
 
 
 def test_inpaint_measures_returns_within_the_strip_of_costs() -> None:
@@ -124,86 +182,138 @@ def test_epsilon_with_an_empty_side_keeps_everything() -> None:
 
 
 def test_noise_keeps_successors_equal_to_the_next_state() -> None:
-    source = spread(2)[1]
-    changed = filters.noisy(source, 0.5, rng())
-    np.testing.assert_array_equal(changed.observations[1:], changed.next_observations[:-1])
-    assert (changed.observations - source.observations).std() == pytest.approx(0.5, rel=0.2)
-    released = filters.noisy(source, 0.5, rng(), released=True)
-    assert (released.observations[1:] != released.next_observations[:-1]).any()
-
-
-def test_the_noise_scale_counts_in_deviations_of_all_observation_entries() -> None:
-    episodes = spread(3)
+    episodes = [*spread(3), *dataset([(1.0, 2)], length=7)]
+    left = chain(episodes, noise=Noise(0.5))
     entries = np.concatenate([e.observations for e in episodes])
-    assert filters.observation_spread(episodes) == pytest.approx(entries.std(), rel=1e-6)
-    left = apply(episodes, Settings(noise=Noise(0.1)), BALL, 0)
-    assert left.decisions[0].value == pytest.approx(0.1 * entries.std(), rel=1e-6)
+    size = 0.5 * entries.std()
+    for before, after in zip(episodes, left.dataset.episodes(), strict=True):
+        np.testing.assert_array_equal(after.observations[1:], after.next_observations[:-1])
+        assert (after.observations != before.observations).all()
+        assert (after.next_observations[-1] != before.next_observations[-1]).all()
+    added = left.dataset.observations - entries
+    assert added.std() == pytest.approx(size, rel=0.1)
+    assert abs(added.mean()) < 0.1
+    assert left.looks[0].judgement.value == pytest.approx(size, rel=1e-6)
+
+
+def test_the_spread_is_that_of_all_entries_together() -> None:
+    entries = np.random.default_rng(0).normal(1000.0, 0.1, (40_000, 3)).astype(np.float32)
+    assert filter_chain.spread(entries) == pytest.approx(entries.std(dtype=np.float64), rel=1e-9)
 
 
 def test_changed_episodes_get_new_ids_and_the_decision_names_them() -> None:
     episodes = spread(10)
-    left = apply(episodes, Settings(outliers=Outliers(0.2, 10), noise=Noise(0.1)), BALL, 0)
-    assert len(left.episodes) == 10
-    assert not {e.id for e in episodes} & {e.id for e in left.episodes}
-    by_noise = {d.replaced_by for d in left.decisions if d.rule == "noise"}
-    assert by_noise == {e.id for e in left.episodes}
-    falsified = [d for d in left.decisions if d.rule == "outliers" and d.replaced_by]
+    left = chain(episodes, 0, {"outliers": Outliers(0.2, 10)}, {"noise": Noise(0.1)})
+    final = {e.id for e in left.dataset.episodes()}
+    assert len(final) == 10
+    assert left.changed.all()
+    assert not {e.id for e in episodes} & final
+    rows = decisions(left)
+    assert {r["replaced_by"] for r in rows if r["rule"] == "noise"} == final
+    falsified = {r["id"]: r for r in rows if r["rule"] == "outliers" and r["replaced_by"]}
     assert len(falsified) == 2
-    assert all(not d.kept for d in falsified)
+    assert not any(r["kept"] for r in falsified.values())
+    # A falsified episode is what noise changed next: the chain of ids has no gap.
+    assert {r["replaced_by"] for r in falsified.values()} <= {r["id"] for r in rows if r["rule"] == "noise"}
+
+
+def test_ids_of_untouched_episodes_are_the_given_ones() -> None:
+    left = chain(spread(6), outliers=Outliers(0.2, 10))
+    ids = left.ids([f"id-{i}" for i in range(6)])
+    changed = int(np.flatnonzero(left.changed)[0])
+    assert ids[:6].tolist() == [f"id-{i}" for i in range(6)]
+    assert left.left(ids)[changed] == left.dataset.episode(changed).id
+    assert [i for i in left.left(ids) if i.startswith("id-")] == [f"id-{i}" for i in range(6) if i != changed]
 
 
 def test_falsified_episodes_survive_inpaint_and_epsilon() -> None:
-    episodes = spread(12)
-    settings = Settings(outliers=Outliers(0.1, 10), inpaint=(Inpaint(0, 1, 0.9, 1),), epsilon=Epsilon(15.0, 10.0))
-    left = apply(episodes, settings, BALL, 0)
-    planted = {d.replaced_by for d in left.decisions if d.replaced_by}
-    assert planted <= {e.id for e in left.episodes}
-    assert not planted & {d.id for d in left.decisions if d.rule in ("inpaint-1", "epsilon")}
-    assert any(d.rule == "epsilon" and not d.kept for d in left.decisions)
+    steps = {"outliers": Outliers(0.1, 10)}, {"inpaint": Inpaint(0, 1, 0.9, 1)}, {"epsilon": Epsilon(15.0, 10.0)}
+    left = chain(spread(12), 0, *steps)
+    rows = decisions(left)
+    planted = {r["replaced_by"] for r in rows if r["replaced_by"]}
+    assert planted <= {e.id for e in left.dataset.episodes()}
+    assert not planted & {r["id"] for r in rows if r["rule"] in ("inpaint-1", "epsilon")}
+    assert any(r["rule"] == "epsilon" and not r["kept"] for r in rows)
 
 
 def test_every_episode_that_is_gone_has_a_decision_that_dropped_it() -> None:
     episodes = spread(40)
-    left = apply(episodes, Settings(density=Density(4, 4, 2, 1), epsilon=Epsilon(5.0, 10.0)), BALL, 3)
-    gone = {e.id for e in episodes} - {e.id for e in left.episodes}
-    assert gone == {d.id for d in left.decisions if not d.kept}
-    assert gone
+    steps = {"range": Ranges(cost_max=18.0)}, {"density": Density(4, 4, 2, 1)}, {"epsilon": Epsilon(5.0, 10.0)}
+    left = chain(episodes, 3, *steps, {"thin": Thin(4)})
+    gone = {e.id for e in episodes} - {e.id for e in left.dataset.episodes()}
+    assert gone == {r["id"] for r in decisions(left) if not r["kept"]}
+    assert len(left.dataset) == 4
+    assert (np.diff(left.sources) > 0).all()
 
 
-def test_the_order_is_a_parameter() -> None:
-    order = ("noise", "density", "outliers", "inpaint", "epsilon")
-    left = apply(spread(10), Settings(density=Density(), noise=Noise(0.1), order=order), BALL, 0)
-    assert list(dict.fromkeys(d.rule for d in left.decisions)) == [
-        "noise",
-        "density-sparse",
-        "density-crowded",
-    ]
-    with pytest.raises(ValueError, match="once"):
-        Settings(order=("noise", "noise"))
+def test_episodes_of_different_lengths_are_laid_end_to_end_in_order() -> None:
+    episodes = [e for n in range(8) for e in dataset([(float(n), n % 3)], length=5 + n % 4)]
+    left = chain(episodes, range=Ranges(return_min=1.0, return_max=6.5))
+    assert [e.id for e in left.dataset.episodes()] == [e.id for e in episodes[1:7]]
+    some = chain(episodes, range=Ranges(cost_max=1.0))
+    assert [e.id for e in some.dataset.episodes()] == [e.id for n, e in enumerate(episodes) if n % 3 < 2]
+
+
+def test_steps_run_in_their_order_and_as_often_as_listed() -> None:
+    grid = {"density": Density(3, 3, 2)}
+    left = chain(spread(20), 0, {"noise": Noise(0.1)}, grid, {"inpaint": Inpaint(0, 0.4, 0, 0.5)}, grid)
+    names = ["noise", "density-sparse", "density-crowded", "inpaint-1", "density-sparse", "density-crowded"]
+    assert [look.judgement.rule for look in left.looks] == names
 
 
 def test_a_filter_that_leaves_nothing_is_named_with_its_counts() -> None:
     with pytest.raises(BadInput, match=r"filter density-sparse: none of its 6 episodes is left \(of 6"):
-        apply(spread(6), Settings(density=Density(1, 1, max_per_cell=9, min_per_cell=9)), BALL, 0)
-    with pytest.raises(BadInput, match="holds no episodes"):
-        apply([], Settings(), BALL, 0)
+        chain(spread(6), density=Density(1, 1, max_per_cell=9, min_per_cell=9))
+    with pytest.raises(BadInput, match=r"filter range-cost-max: none.*rl\.filter\.steps"):
+        chain(spread(6), range=Ranges(cost_max=-1.0))
 
 
 def test_episodes_of_equal_cost_pass_the_grid() -> None:
-    left = apply(dataset([(float(i), 3) for i in range(9)]), Settings(density=Density(10, 3, 2, 1)), BALL, 0)
-    assert len(left.episodes) == 6  # three cells of three, two of each kept
+    left = chain(dataset([(float(i), 3) for i in range(9)]), density=Density(10, 3, 2, 1))
+    assert len(left.dataset) == 6  # three cells of three, two of each kept
 
 
 def test_a_preset_takes_the_published_numbers_and_an_unknown_one_is_an_error() -> None:
-    left = apply(spread(200), Settings(density=Density(preset="0.5")), BALL, 0)
-    assert {d.threshold for d in left.decisions if d.rule == "density-crowded"} == {5.0}
+    left = chain(spread(200), density=Density(preset="0.5"))
+    assert {r["threshold"] for r in decisions(left) if r["rule"] == "density-crowded"} == {5.0}
     with pytest.raises(BadInput, match=r"no preset .0\.9.; it has 0\.5, 0\.75"):
-        apply(spread(3), Settings(density=Density(preset="0.9")), BALL, 0)
+        chain(spread(3), density=Density(preset="0.9"))
 
 
-def test_no_filter_still_gives_every_episode_a_decision() -> None:
-    left = apply(spread(4), Settings(), BALL, 0)
-    assert [(d.rule, d.kept) for d in left.decisions] == [("none", True)] * 4
+def test_no_step_still_gives_every_episode_a_decision() -> None:
+    data = Dataset.of(spread(4))
+    left = apply(data, Settings(), BALL, 0)
+    assert [(r["rule"], r["kept"], r["replaced_by"]) for r in decisions(left)] == [("none", True, None)] * 4
+    assert left.dataset.observations is data.observations  # nothing is copied for nothing
+
+
+STEPS = "params.yaml: rl.filter.steps"
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"steps": [{"desnity": {}}]}, rf"{STEPS}\[0\]\.desnity: unknown parameter; did you mean 'density'"),
+        ({"steps": [{}]}, rf"{STEPS}\[0\]: a step names exactly one of range, .*found none"),
+        ({"steps": [{"thin": {"max_episodes": 3}, "noise": {"scale": 1.0}}]}, r"found thin and noise"),
+        ({"steps": [{"density": {"cost_bins": 0}}]}, rf"{STEPS}\[0\]\.density: cost_bins and return_bins"),
+        ({"steps": [{"range": {}}]}, rf"{STEPS}\[0\]\.range: needs at least one of cost_min"),
+        ({"steps": [{"range": {"cost_min": 3, "cost_max": 2}}]}, r"cost_min 3 is above cost_max 2"),
+        ({"steps": [{"thin": {"max_episodes": 0}}]}, r"\.thin: max_episodes must be at least 1"),
+        ({"steps": [{"noise": {"scale": 0}}]}, r"\.noise: scale must be above 0"),
+        ({"steps": [{"epsilon": {"epsilon": 0, "cost_limit": 10}}]}, r"\.epsilon: epsilon: 0 names neither side"),
+        ({"steps": [{"inpaint": {"cost_from": 0.5}}]}, r"steps\[0\]\.inpaint\.cost_to: missing parameter"),
+        ({"steps": [{"outliers": {"fraction": 1, "cost_limit": 9}}]}, r"\.outliers: needs 0 < fraction < 1"),
+        (
+            {"steps": [{"noise": {"scale": 1}}, {"density": {}}], "released": True},
+            r"rl\.filter: steps: the released code cannot run density after noise",
+        ),
+        ({"steps": [{"density": {}}, {"density": {}}], "released": True}, "cannot run density after density"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(filter_stage.Params, block, "params.yaml: rl.filter")
 
 
 def collected(folder: Path, episodes: list) -> Path:
@@ -223,11 +333,11 @@ def collected(folder: Path, episodes: list) -> Path:
 def test_the_stage_writes_data_rows_decisions_and_plots(tmp_path: Path) -> None:
     episodes = spread(20)
     source = collected(tmp_path / "collected", episodes)
-    block = {
-        "density": {"cost_bins": 2, "return_bins": 2, "max_per_cell": 4},
-        "outliers": {"fraction": 0.1, "cost_limit": 5},
-    }
-    params = load(filter_stage.Params, block, "params.yaml: rl.filter")
+    steps = [
+        {"density": {"cost_bins": 2, "return_bins": 2, "max_per_cell": 4}},
+        {"outliers": {"fraction": 0.1, "cost_limit": 5}},
+    ]
+    params = load(filter_stage.Params, {"steps": steps}, "params.yaml: rl.filter")
     outs = []
     for name in ("first", "second"):
         stage = for_test(params, tmp_path / name, {"collect": source}, {"task": "BallCircle"}, seed=5, stage="filter")

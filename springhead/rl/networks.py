@@ -25,6 +25,7 @@ from springhead.rl.acting import (
 
 __all__ = [
     "LOG_STD_RANGE",
+    "Ensemble",
     "ExpertConfig",
     "ExpertPolicy",
     "GaussianActor",
@@ -139,3 +140,50 @@ class Moments:
     def std(self) -> Doubles:
         """Standard deviation, at least 1e-3 so that a constant component cannot blow up."""
         return np.sqrt(np.maximum(self.variance, 1e-6))
+
+
+class Ensemble(nn.Module):
+    """Several equally shaped networks of one input, evaluated together: one product per layer for all of them.
+
+    Args:
+        members: How many networks.
+        sizes: Input size, hidden sizes; each network has one output.
+        generator: Source of the initial weights, orthogonal with zero biases.
+        activation: Between the layers.
+    """
+
+    def __init__(
+        self, members: int, sizes: Sequence[int], generator: torch.Generator, activation: Activation = "relu"
+    ) -> None:
+        super().__init__()
+        self.members = members
+        self.activation = activation
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        shapes = list(itertools.pairwise([*sizes, 1]))
+        for layer, (inputs, outputs) in enumerate(shapes):
+            weight = torch.empty(members, outputs, inputs)
+            for member in weight:
+                nn.init.orthogonal_(member, 1.0 if layer == len(shapes) - 1 else 2.0**0.5, generator)
+            self.weights.append(nn.Parameter(weight.transpose(1, 2).contiguous()))
+            self.biases.append(nn.Parameter(torch.zeros(members, 1, outputs)))
+
+    def forward(self, inputs: torch.Tensor, frozen: bool = False, members: slice = slice(None)) -> torch.Tensor:
+        """Values of the inputs.
+
+        Args:
+            inputs: (batch, input size).
+            frozen: Lets gradients flow to the inputs, but not to the weights.
+            members: Which networks to evaluate.
+
+        Returns:
+            (members, batch).
+        """
+        weights = [weight.detach() if frozen else weight for weight in self.weights]
+        biases = [bias.detach() if frozen else bias for bias in self.biases]
+        rows = inputs.expand(len(range(self.members)[members]), *inputs.shape)
+        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if layer:
+                rows = rows.relu_() if self.activation == "relu" else rows.tanh_()
+            rows = torch.baddbmm(bias[members], rows, weight[members])
+        return rows.squeeze(-1)

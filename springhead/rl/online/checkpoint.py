@@ -62,3 +62,18 @@ def load_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[dict[str, tor
 def below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose name starts with ``prefix``, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
+    """An optimiser's running averages and step counts, by ``prefix``, number of the parameter, and name."""
+    state = optimiser.state_dict()["state"]
+    return {f"{prefix}{index}.{name}": value for index, slots in state.items() for name, value in slots.items()}
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what :func:`optimiser_tensors` returned, here without the prefix."""
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        slots.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": slots})

@@ -26,7 +26,7 @@ from springhead.rl.acting import Activation, ExpertConfig, ExpertPolicy
 from springhead.rl.dataset import Episode
 from springhead.rl.networks import GaussianActor, Moments, mlp, weights_of
 from springhead.rl.online.advantages import Batch, Doubles, gae
-from springhead.rl.online.checkpoint import below
+from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
 from springhead.rl.online.contract import Figures, OnlineConfig
 from springhead.rl.online.rollouts import check_workers, episode_seeds, roll_out, sampled_actions
 from springhead.rl.tasks import task
@@ -227,8 +227,7 @@ class OnPolicy(ABC):
         """Everything that changes during training. No generator is among it: draws come from (seed, iteration)."""
         tensors = {f"modules.{name}": value for name, value in self.modules.state_dict().items()}
         for kind, optimiser in self.optimisers.items():
-            for index, slots in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{kind}.{index}.{name}": value for name, value in slots.items()}
+            tensors |= optimiser_tensors(optimiser, f"optimiser.{kind}.")
         for name, moments in self._moments().items():
             tensors[f"moments.{name}"] = torch.from_numpy(np.stack([moments.mean, moments.variance]))
         facts = {
@@ -243,11 +242,7 @@ class OnPolicy(ABC):
         """Puts back what :meth:`state` returned."""
         self.modules.load_state_dict(below(tensors, "modules."))
         for kind, optimiser in self.optimisers.items():
-            slots: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in below(tensors, f"optimiser.{kind}.").items():
-                index, name = key.split(".")
-                slots.setdefault(int(index), {})[name] = value
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": slots})
+            restore_optimiser(optimiser, below(tensors, f"optimiser.{kind}."))
         for name, moments in self._moments().items():
             moments.mean, moments.variance = tensors[f"moments.{name}"].numpy().copy()
             moments.count = facts["counts"][name]

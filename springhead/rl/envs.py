@@ -8,6 +8,7 @@ episodes, of other environments in the process, or of a global generator. That i
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from springhead.errors import BadInput
 from springhead.rl.dataset import Episode
-from springhead.rl.tasks import TASKS, task
+from springhead.rl.tasks import TASKS, Task, task
 
 __all__ = ["ActingPolicy", "Episode", "EpisodeRunner", "env_name", "make", "run_episodes"]
 
@@ -40,29 +41,34 @@ class ActingPolicy(Protocol):
 
 def env_name(task_name: str) -> str:
     """The gymnasium id of a task, for instance ``springhead/BallCircle-v0``."""
-    return f"springhead/{task(task_name).name}-v0"
+    return _register(task(task_name))
 
 
 _CLASSES = {
     "bullet-safety-gym": "springhead.rl.simulators.bullet:BulletEnv",
     "safety-gymnasium": "springhead.rl.simulators.safety_gymnasium:SafetyGymnasiumEnv",
     "metadrive": "springhead.rl.simulators.metadrive:MetaDriveEnv",
+    "custom": "springhead.rl.simulators.custom:CustomEnv",
 }
 """The environment class of each family; gymnasium imports it when the first task of the family is made."""
 
 
-def _register() -> None:
-    for known in TASKS.values():
-        if env_name(known.name) not in gymnasium.registry:
-            gymnasium.register(
-                id=env_name(known.name),
-                entry_point=_CLASSES[known.family],
-                kwargs={"task_name": known.name},
-                max_episode_steps=known.horizon,
-            )
+def _register(known: Task) -> str:
+    """Makes a task's gymnasium id known and returns it."""
+    name = f"springhead/{known.name}-v0"
+    if name not in gymnasium.registry:
+        gymnasium.register(
+            id=name,
+            entry_point=_CLASSES[known.family],
+            kwargs={"task_name": known.name},
+            max_episode_steps=known.horizon,
+        )
+    return name
 
 
-_register()
+with contextlib.suppress(BadInput):  # a mistake among the custom tasks is reported to whoever uses one
+    for _known in TASKS.values():
+        _register(_known)
 
 
 def make(task_name: str, seed: int | None = None) -> gymnasium.Env[Floats, Floats]:

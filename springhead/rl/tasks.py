@@ -5,19 +5,28 @@ the DSRL benchmark (Liu et al. 2023, "Datasets and Benchmarks for Offline Safe R
 benchmark's own constants, so scores computed here compare with published ones; ``docs/methods/tasks.md`` lists them
 and says where each number comes from. AntRun's lowest return repeats CarButton2's, most likely a slip in the
 published table; it stays, because every published AntRun score was computed with it.
+
+A checkout may have tasks of its own: entries of ``environments/tasks.yaml``, in the same terms
+(``docs/guide/adding-a-task.md``).
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from springhead.errors import BadInput
+from springhead.home import repository
+from springhead.params import load, read_params
+
+CUSTOM = "environments/tasks.yaml"
+"""Where a checkout declares tasks of its own; the folder is a dependency of the rl stages."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,11 @@ class Task:
         cost_range: (lowest, highest) episode cost return of the published data set.
         density: Settings of the density filter by its published name ("0.5", "0.75"):
             (cost bins, return bins, most episodes per cell, cells with this many or fewer are dropped).
-        sub_costs: Names of a step's separate constraint signals; empty where the task has only one.
+        sub_costs: Names of a step's separate constraint signals; empty where the task has only one. The step's
+            cost is their maximum where ``cost_kind`` is ``binary``, their sum otherwise.
         data_file: The published data set's file name; empty if there is none.
+        cost_key: Custom tasks only: the key of the step's info that holds the cost.
+        options: Custom tasks only: keyword arguments of ``gymnasium.make``.
     """
 
     name: str
@@ -53,9 +65,24 @@ class Task:
     limits: tuple[float, float, float]
     return_range: tuple[float, float]
     cost_range: tuple[float, float]
-    density: Mapping[str, tuple[int, int, int, int]]
+    density: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     sub_costs: tuple[str, ...] = ()
     data_file: str = ""
+    cost_key: str = "cost"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("observation_dim", "action_dim", "horizon"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("return_range", "cost_range"):
+            low, high = getattr(self, key)
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(f"{key} is {[low, high]}; it must be [lowest, highest], two finite numbers")
+        if self.cost_range[0] < 0:
+            raise ValueError(f"cost_range begins at {self.cost_range[0]}; costs are 0 or more")
+        if not 0 <= self.limits[0] < self.limits[1] < self.limits[2]:
+            raise ValueError(f"limits are {list(self.limits)}; they must be three rising numbers of 0 or more")
 
     def normalised_return(self, episode_return: float) -> float:
         """Scales an episode return so that the published data set spans [0, 1].
@@ -88,19 +115,75 @@ class Task:
         return (float(cost) + epsilon) / (float(limit) + epsilon)
 
 
-def _read(path: Path) -> dict[str, Task]:
+def _published() -> dict[str, Task]:
+    path = Path(__file__).with_name("tasks.json")
     entries = json.loads(path.read_text(encoding="utf-8"))
-    return {name: _task(name, entry) for name, entry in entries.items()}
+    return {name: load(Task, {"name": name, **entry}, f"{path}: {name}") for name, entry in entries.items()}
 
 
-def _task(name: str, entry: Mapping[str, Any]) -> Task:
-    tuples = {key: tuple(entry[key]) for key in ("limits", "return_range", "cost_range", "sub_costs")}
-    density = MappingProxyType({key: tuple(settings) for key, settings in entry["density"].items()})
-    return Task(name=name, **{**entry, **tuples, "density": density})
+def custom_root() -> Path | None:
+    """The checkout whose custom tasks are known, found from the working folder; None outside of any."""
+    try:
+        root = repository()
+    except BadInput:
+        return None
+    return root if (root / CUSTOM).is_file() else None
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(_read(Path(__file__).with_name("tasks.json")))
-"""Every task by name, family by family."""
+def _custom(root: Path | None) -> dict[str, Task]:
+    """Reads the custom tasks of a checkout.
+
+    Raises:
+        BadInput: If the file is not as it must be; names the entry and the key.
+    """
+    if root is None:
+        return {}
+    tasks = {}
+    for name, entry in read_params(root / CUSTOM).items():
+        where = f"{CUSTOM}: {name}"
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", str(name)):
+            raise BadInput(f"{where}: a task's name is made of letters and digits and begins with a letter")
+        if name in _PUBLISHED:
+            raise BadInput(f"{where}: the published suite has a task of this name; choose another")
+        if not isinstance(entry, Mapping):
+            raise BadInput(f"{where}: expected a mapping of keys, found {entry!r}")
+        if given := {"name", "family", "data_file"} & set(entry):
+            raise BadInput(f"{where}.{min(given)}: is not for custom tasks; leave it out")
+        tasks[name] = load(Task, {"name": name, "family": "custom", **entry}, where)
+    return tasks
+
+
+class _Catalogue(Mapping[str, Task]):
+    """The published tasks, and the custom ones, which are read when the catalogue is first used.
+
+    Not at import: a mistake in the file is to be reported by the command that uses it, not by an import.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Task] | None = None
+
+    def refresh(self) -> None:
+        """Forgets what was read, for a process that changes its working folder or the file."""
+        self._tasks = None
+
+    def _read(self) -> dict[str, Task]:
+        if self._tasks is None:
+            self._tasks = {**_PUBLISHED, **_custom(custom_root())}
+        return self._tasks
+
+    def __getitem__(self, name: str) -> Task:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+_PUBLISHED = _published()
+TASKS = _Catalogue()
+"""Every task by name: the published ones family by family, then the custom ones."""
 
 
 def task(name: str) -> Task:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -21,7 +21,7 @@ from springhead.errors import BadInput
 from springhead.rl.dataset import Episode
 from springhead.rl.tasks import TASKS, Task, task
 
-__all__ = ["ActingPolicy", "Episode", "EpisodeRunner", "env_name", "make", "run_episodes"]
+__all__ = ["ActingPolicy", "Episode", "EpisodeRunner", "env_name", "make", "record", "run_episodes"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -71,13 +71,15 @@ with contextlib.suppress(BadInput):  # a mistake among the custom tasks is repor
         _register(_known)
 
 
-def make(task_name: str, seed: int | None = None) -> gymnasium.Env[Floats, Floats]:
+def make(task_name: str, seed: int | None = None, render_mode: str | None = None) -> gymnasium.Env[Floats, Floats]:
     """Makes the environment of a task, with its time limit.
 
     Args:
         task_name: A task of the catalogue.
         seed: Seeds the environment's own stream, so that the first ``reset()`` is reproducible;
             ``reset(seed=...)`` overrides it.
+        render_mode: ``rgb_array`` for an environment whose ``render()`` returns pictures, uint8
+            (height, width, 3). Episodes are the same with and without.
 
     Returns:
         A gymnasium environment. Observations are float32 (observation_dim,), raw and un-normalised; actions are
@@ -90,7 +92,8 @@ def make(task_name: str, seed: int | None = None) -> gymnasium.Env[Floats, Float
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        env = gymnasium.make(env_name(task_name), disable_env_checker=True)
+        options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
+        env = gymnasium.make(env_name(task_name), disable_env_checker=True, **options)
     if seed is not None:
         env.reset(seed=seed)
     return env
@@ -123,14 +126,17 @@ class EpisodeRunner:
     Args:
         task_name: A task of the catalogue.
         num_envs: How many environments; at least 1.
+        envs: The environments to use; by default those of this process, which are made once.
     """
 
-    def __init__(self, task_name: str, num_envs: int) -> None:
+    def __init__(
+        self, task_name: str, num_envs: int, envs: Sequence[gymnasium.Env[Floats, Floats]] | None = None
+    ) -> None:
         if num_envs < 1:
             raise BadInput(f"num_envs is {num_envs}; use at least 1")
         self.task = task(task_name)
         self.num_envs = num_envs
-        self._envs = _environments(task_name, num_envs)
+        self._envs = _environments(task_name, num_envs) if envs is None else envs
 
     def run(
         self,
@@ -253,3 +259,45 @@ def run_episodes(
         policy.reset(num_envs, cost_limit)
         episodes += runner.run(policy.act, seeds[start : start + num_envs], policy.observe)
     return episodes
+
+
+def record(
+    task_name: str, policy: ActingPolicy, seed: int, cost_limit: float, every: int = 4, num_envs: int = 1
+) -> tuple[npt.NDArray[np.uint8], Episode]:
+    """Runs one episode and draws it.
+
+    Args:
+        task_name: A task of the catalogue.
+        policy: Is reset, and acts for ``num_envs`` equal rows.
+        seed: The reset seed.
+        cost_limit: The episode cost limit told to the policy.
+        every: Steps from one picture to the next, from the start on; the last state is always drawn.
+        num_envs: Rows that the policy acts for; the number that ``run_episodes`` was given makes the same bytes.
+
+    Returns:
+        The pictures, uint8 (T, height, width, 3), and the episode, the one that ``run_episodes`` runs.
+
+    Raises:
+        BadInput: If the task is unknown, or cannot be drawn on this machine.
+    """
+    env = make(task_name, render_mode="rgb_array")
+    pictures: list[Any] = []
+    steps = 0
+
+    def act(observations: Floats) -> Floats:
+        if steps % every == 0:
+            pictures.append(env.render())
+        return policy.act(observations)
+
+    def observe(rewards: Floats, costs: Floats) -> None:
+        nonlocal steps
+        steps += 1
+        policy.observe(rewards, costs)
+
+    try:
+        policy.reset(num_envs, cost_limit)
+        (episode,) = EpisodeRunner(task_name, num_envs, [env]).run(act, [seed], observe)
+        pictures.append(env.render())
+    finally:
+        env.close()
+    return np.array(pictures, dtype=np.uint8), episode

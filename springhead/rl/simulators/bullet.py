@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from springhead.rl.simulators.isolation import global_numpy_seed, quiet
+from springhead.rl.simulators.isolation import HEIGHT, WIDTH, global_numpy_seed, quiet
 from springhead.rl.tasks import Task, task
 
 Floats = npt.NDArray[np.float32]
@@ -40,12 +40,15 @@ class BulletEnv(gymnasium.Env[Floats, Floats]):
 
     Args:
         task_name: A task of the catalogue.
+        render_mode: ``rgb_array`` to draw pictures; nothing else differs.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium declares it without ClassVar)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (gymnasium declares it so)
 
-    def __init__(self, task_name: str) -> None:
+    def __init__(self, task_name: str, render_mode: str | None = None) -> None:
         self.task = task(task_name)
+        self.render_mode = render_mode
+        self._cost = 0.0  # of the last step
         # Built under a fixed global state: construction draws from it too.
         with global_numpy_seed(0):
             self._simulator = _simulator(self.task)
@@ -70,6 +73,7 @@ class BulletEnv(gymnasium.Env[Floats, Floats]):
         super().reset(seed=seed, options=options)
         simulator = self._simulator
         self._base_state.forget(until_step=True)
+        self._cost = 0.0
         # Restoring the stored state keeps three things of the last episode: motor targets, queued forces, and
         # the solver's contact points where the robot stood close to its start. Neutral targets, and one step
         # in the air that uses the forces up and ends all contacts, leave nothing of it behind.
@@ -93,10 +97,29 @@ class BulletEnv(gymnasium.Env[Floats, Floats]):
         """
         clipped = np.clip(np.asarray(action, dtype=np.float32).reshape(self.task.action_dim), -1.0, 1.0)
         observation, reward, terminated, _, info = self._simulator.step(clipped)
-        info["cost"] = float(info.get("cost", 0.0))
+        info["cost"] = self._cost = float(info.get("cost", 0.0))
         if self.task.sub_costs:
             info["sub_costs"] = np.array([info.get(_SUB_COSTS[name], 0.0) for name in self.task.sub_costs], np.float32)
         return np.asarray(observation, dtype=np.float32), float(reward), bool(terminated), False, info
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """Returns a picture of the present state by Bullet's software renderer, uint8 (240, 320, 3).
+
+        A red ball is above the robot where the last step had a cost.
+        """
+        simulator, client = self._simulator, self._simulator.bc
+        agent = simulator.agent
+        x, y, z = agent.get_position()
+        # The software renderer draws the package's see-through ball solid: around the robot it would hide it.
+        ball = [x, y, z + 1.0] if self._cost > 0 else [0.0, 0.0, -100.0]
+        client.resetBasePositionAndOrientation(agent.violation_body_id, ball, [0.0, 0.0, 0.0, 1.0])
+        camera = simulator.world.camera
+        view = client.computeViewMatrixFromYawPitchRoll(
+            camera.cam_base_pos, camera.cam_dist, camera.cam_yaw, camera.cam_pitch, 0, 2
+        )
+        lens = client.computeProjectionMatrixFOV(60.0, WIDTH / HEIGHT, 0.1, 100.0)
+        _, _, pixels, _, _ = client.getCameraImage(WIDTH, HEIGHT, view, lens, renderer=client.ER_TINY_RENDERER)
+        return np.asarray(pixels, dtype=np.uint8).reshape(HEIGHT, WIDTH, 4)[..., :3]
 
     def close(self) -> None:
         """Disconnects from the physics server."""
@@ -106,7 +129,7 @@ class BulletEnv(gymnasium.Env[Floats, Floats]):
 class _BaseState:
     """Reads the robot's base state once per simulation step, where the package reads it about nine times.
 
-    Also leaves out the red sphere that the package draws around a robot that incurs cost: there is no screen. Both
+    Also leaves out the red sphere that the package draws around a robot that incurs cost at every step. Both
     together make the light robots' steps almost twice as fast, and change no number (``tests/rl/test_simulators.py``).
 
     Args:

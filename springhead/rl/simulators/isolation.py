@@ -1,4 +1,4 @@
-"""What keeps a simulator package from leaking into the process, and the process into it."""
+"""What the simulators share: what keeps a package from leaking into the process, and the process into it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
+
+WIDTH, HEIGHT = 320, 240  # of a picture: all simulators draw alike
 
 
 @contextlib.contextmanager

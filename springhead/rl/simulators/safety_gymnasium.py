@@ -36,7 +36,8 @@ import numpy.typing as npt
 import yaml
 
 from springhead.errors import BadInput
-from springhead.rl.simulators.isolation import quiet
+from springhead.rl.simulators.isolation import HEIGHT, WIDTH, quiet
+from springhead.rl.simulators.mujoco_camera import Camera
 from springhead.rl.tasks import Task, task
 
 Floats = npt.NDArray[np.float32]
@@ -163,12 +164,15 @@ class SafetyGymnasiumEnv(gymnasium.Env[Floats, Floats]):
 
     Args:
         task_name: A task of the catalogue.
+        render_mode: ``rgb_array`` to draw pictures; nothing else differs.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium declares it without ClassVar)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (gymnasium declares it so)
 
-    def __init__(self, task_name: str) -> None:
+    def __init__(self, task_name: str, render_mode: str | None = None) -> None:
         self.task = task(task_name)
+        self.render_mode = render_mode
+        self._camera: Camera | None = None
         self._is_velocity = self.task.name.endswith("Velocity")
         with quiet(), _no_log_file():
             self._simulator = _simulator(self.task)
@@ -190,9 +194,10 @@ class SafetyGymnasiumEnv(gymnasium.Env[Floats, Floats]):
             The first observation, float32 (observation_dim,), and an info dictionary with cost 0.
         """
         super().reset(seed=seed, options=options)
+        if self._camera is not None and not self._is_velocity:
+            self._close_camera()  # the reset builds a new model
         observation, _ = self._simulator.reset(seed=int(self.np_random.integers(2**32)))
-        data = self._simulator.data if self._is_velocity else self._simulator.task.data
-        self._warnings = data.warning.number  # a view that MuJoCo keeps up to date
+        self._warnings = self._simulation.data.warning.number  # a view that MuJoCo keeps up to date
         return np.asarray(observation, dtype=np.float32), {"cost": 0.0}
 
     def step(self, action: Floats) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
@@ -219,7 +224,28 @@ class SafetyGymnasiumEnv(gymnasium.Env[Floats, Floats]):
             info["sub_costs"] = np.array([info.get(f"cost_{name}", 0.0) for name in self.task.sub_costs], np.float32)
         return np.asarray(observation, dtype=np.float32), float(reward), bool(terminated), False, info
 
+    @property
+    def _simulation(self) -> Any:
+        """What holds MuJoCo's ``model`` and ``data``."""
+        return self._simulator if self._is_velocity else self._simulator.task
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """Returns a picture of the present state, uint8 (240, 320, 3): from the side, or of the whole floor.
+
+        Raises:
+            BadInput: If MuJoCo cannot draw here.
+        """
+        if self._camera is None:
+            self._camera = Camera(self._simulation.model, WIDTH, HEIGHT, "track" if self._is_velocity else None)
+        return self._camera.picture(self._simulation.data)
+
+    def _close_camera(self) -> None:
+        if self._camera is not None:
+            self._camera.close()
+            self._camera = None
+
     def close(self) -> None:
         """Releases the simulation."""
+        self._close_camera()
         if self._is_velocity:
             self._simulator.close()

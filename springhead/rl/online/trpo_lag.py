@@ -95,7 +95,7 @@ class TRPOLag(OnPolicy):
             batch: The transitions, advantages standardised.
 
         Returns:
-            The accepted fraction of the step (0: none), the divergence it caused, and the objective before it.
+            The accepted fraction of the step (0: none), the divergence it caused, and what the objective gained.
         """
         parameters = list(self.actor.parameters())
         now = self.actor(batch.observations)
@@ -106,7 +106,7 @@ class TRPOLag(OnPolicy):
         direction = conjugate_gradients(product, slope, self.config.conjugate_steps)
         curvature = float(direction @ product(direction))
         if curvature <= 0.0:  # a zero gradient: there is nowhere to go
-            return 0.0, 0.0, float(before.detach())
+            return 0.0, 0.0, 0.0
         step = direction * (2.0 * self.config.target_kl / curvature) ** 0.5
 
         def accept() -> bool:
@@ -118,8 +118,8 @@ class TRPOLag(OnPolicy):
             parameters, step, accept, self.config.shrink, self.config.backtracks, keep_failure=self.config.released
         )
         with torch.no_grad():
-            kl = float(mean_kl(old, self.actor(batch.observations)))
-        return fraction, kl, float(before.detach())
+            there = self.actor(batch.observations)
+            return fraction, float(mean_kl(old, there)), float(self.objective(batch, there) - before)
 
     def update(self, batch: Batch, cost_return: float, limit: float) -> tuple[float, dict[str, float]]:
         """Moves the multiplier, takes the policy steps, and fits the critics."""
@@ -127,13 +127,10 @@ class TRPOLag(OnPolicy):
         batch = batch.standardised()
         everything = torch.arange(len(batch.actions))
         generator, optimiser = self.generator(1), self.optimisers["critics"]
-        fractions, kls, objectives = [], [], []
+        taken = []
         reward_loss = cost_loss = 0.0
         for _ in range(self.config.repeats):
-            fraction, kl, objective = self.policy_step(batch)
-            fractions.append(fraction)
-            kls.append(kl)
-            objectives.append(objective)
+            taken.append(self.policy_step(batch))
             if self.config.released:
                 full = [everything] * self.config.critic_steps
                 reward_loss, cost_loss = self.fit_critics(batch, optimiser, full, 0.0)
@@ -144,8 +141,9 @@ class TRPOLag(OnPolicy):
                 for part in self.minibatches(generator, len(everything), self.config.critic_minibatch)
             ]
             reward_loss, cost_loss = self.fit_critics(batch, optimiser, parts, 0.0)
+        fractions, kls, gains = zip(*taken, strict=True)
         return self.lagrangian.value, {
-            "policy_loss": -objectives[0],
+            "gain": sum(gains),
             "reward_value_loss": reward_loss,
             "cost_value_loss": cost_loss,
             "kl": sum(kls),

@@ -90,7 +90,8 @@ class OffPolicy(ABC):
         critics_per_signal: How many critics of the reward, and how many of the cost.
         actor: The policy network.
         critics: Critics of the reward, then those of the cost, of normalised observation and action.
-        targets: Moving averages of networks by name; ``critics`` is always among them.
+        target_critics: Their moving average.
+        targets: All moving averages, by the name of the network that they follow.
         own: The algorithm's own tensors, part of the state.
         optimisers: By name; all are part of the state.
         replay: The buffer.
@@ -118,7 +119,8 @@ class OffPolicy(ABC):
         self.critics = Ensemble(
             2 * self.critics_per_signal, [dim + action_dim, *config.hidden], generator, config.activation
         )
-        self.targets = nn.ModuleDict({"critics": copy.deepcopy(self.critics).requires_grad_(False)})
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.targets = nn.ModuleDict({"critics": self.target_critics})
         self.optimisers = {
             "actor": self.adam(self.actor.parameters(), config.actor_lr),
             "critics": self.adam(self.critics.parameters(), config.critic_lr),
@@ -140,13 +142,8 @@ class OffPolicy(ABC):
             noise: What random numbers come from.
 
         Returns:
-            Figures as scalars without gradient, the same names at every call.
+            Figures as scalars without gradient, the same names at every call; one is ``multiplier``.
         """
-
-    @property
-    @abstractmethod
-    def multiplier(self) -> float:
-        """The cost multiplier."""
 
     @abstractmethod
     def own_state(self) -> dict[str, Any]:
@@ -199,7 +196,7 @@ class OffPolicy(ABC):
             episode_return=float(np.mean([episode.episode_return for episode in episodes])),
             cost_return=cost_return,
             cost_limit=limit,
-            multiplier=self.multiplier,
+            multiplier=losses.pop("multiplier"),
             losses=losses,
         )
 

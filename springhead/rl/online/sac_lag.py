@@ -73,11 +73,6 @@ class SACLag(OffPolicy):
         self.optimisers["alpha"] = self.adam([self.log_alpha], config.alpha_lr)
         self.lagrangian = PIDLagrangian(config.pid_kp, config.pid_ki, config.pid_kd)
 
-    @property
-    def multiplier(self) -> float:
-        """The cost multiplier lambda."""
-        return self.lagrangian.value
-
     def update_multiplier(self, cost_return: float, limit: float) -> None:
         """One PID step."""
         self.lagrangian.update(cost_return, limit)
@@ -96,7 +91,7 @@ class SACLag(OffPolicy):
         """The successors' values in reward and cost, (2, n), by the target critics."""
         with torch.no_grad():
             actions, log_probs = self.sample(batch.next_observations, noise)
-            values = self.pessimistic(self.targets["critics"](torch.cat([batch.next_observations, actions], 1)))
+            values = self.pessimistic(self.target_critics(torch.cat([batch.next_observations, actions], 1)))
             entropy = self.log_alpha.exp() * log_probs
             if self.config.released:
                 return values - entropy
@@ -109,11 +104,13 @@ class SACLag(OffPolicy):
         actions, log_probs = self.sample(batch.observations, noise)
         reward, cost = self.pessimistic(self.critics(torch.cat([batch.observations, actions], 1), frozen=True))
         alpha = self.log_alpha.detach().exp()
-        policy_loss = (alpha * log_probs - reward + self.multiplier * cost).mean() / (1.0 + self.multiplier)
+        multiplier = self.lagrangian.value
+        policy_loss = (alpha * log_probs - reward + multiplier * cost).mean() / (1.0 + multiplier)
         self.descend("actor", policy_loss)
         log_prob = log_probs.detach().mean()
         self.descend("alpha", -self.log_alpha * (log_prob - self.task.action_dim))
         return {
+            "multiplier": torch.tensor(self.lagrangian.value),
             "reward_critic_loss": critic_losses[0],
             "cost_critic_loss": critic_losses[1],
             "policy_loss": policy_loss.detach(),

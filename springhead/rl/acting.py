@@ -128,6 +128,8 @@ class ExpertPolicy:
         self._layers = [
             (np.ascontiguousarray(weights[f"net.{i}.weight"].T), np.asarray(weights[f"net.{i}.bias"])) for i in layers
         ]
+        log_std = weights.get("log_std")
+        self._free_std = None if log_std is None else np.exp(np.clip(log_std, *config.log_std_range))
         self._generators: list[np.random.Generator] = []
         self._noise: Floats = np.empty((0, 0, self.action_dim), dtype=np.float32)
         self._step = 0
@@ -158,11 +160,14 @@ class ExpertPolicy:
         weight, bias = self._layers[-1]
         outputs = rows @ weight + bias
         mean: Floats = outputs[:, : self.action_dim]
-        log_std: Floats = outputs[:, self.action_dim :] if self.config.state_dependent_std else self.weights["log_std"]
-        std: Floats = np.exp(np.clip(log_std, *self.config.log_std_range))
+        std: Floats
+        if self._free_std is None:
+            std = np.exp(np.clip(outputs[:, self.action_dim :], *self.config.log_std_range))
+        else:
+            std = np.broadcast_to(self._free_std, mean.shape)
         if self.config.head == "bounded-gaussian":
             mean = np.tanh(mean)
-        return mean, np.broadcast_to(std, mean.shape)
+        return mean, std
 
     def act(self, observations: Floats) -> Floats:
         """Maps raw observations (num_envs, observation_dim) to actions (num_envs, action_dim) in [-1, 1]."""
@@ -172,7 +177,7 @@ class ExpertPolicy:
             actions[:rows] += std[:rows] * self._next_noise()
         if self.config.head == "squashed-gaussian":
             return np.tanh(actions)
-        return np.clip(actions, -1.0, 1.0)
+        return actions.clip(-1.0, 1.0)
 
     def observe(self, rewards: Floats, costs: Floats) -> None:
         """Nothing to remember: the policy is memoryless."""

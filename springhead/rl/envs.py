@@ -160,7 +160,7 @@ class EpisodeRunner:
         """
         if not 1 <= len(seeds) <= self.num_envs:
             raise BadInput(f"{len(seeds)} seeds for {self.num_envs} environments; use 1 to {self.num_envs} per run")
-        recorders = [_Recorder(env, seed) for env, seed in zip(self._envs, seeds, strict=False)]
+        recorders = [_Recorder(env, seed, self.task.horizon) for env, seed in zip(self._envs, seeds, strict=False)]
         shape = (self.num_envs, self.task.action_dim)
         # What each of the num_envs rows shows.
         shown = recorders + [recorders[0]] * (self.num_envs - len(recorders))
@@ -180,9 +180,11 @@ class EpisodeRunner:
 class _Recorder:
     """Steps one environment through one episode and keeps the transitions."""
 
-    def __init__(self, env: gymnasium.Env[Floats, Floats], seed: int) -> None:
-        self._env = env
-        self.observation, _ = env.reset(seed=int(seed))
+    def __init__(self, env: gymnasium.Env[Floats, Floats], seed: int, horizon: int) -> None:
+        # Without gymnasium's wrappers, which count the steps and check the order of calls at a price per step.
+        self._env = env.unwrapped
+        self._horizon = horizon
+        self.observation, _ = self._env.reset(seed=int(seed))
         self.running = True
         self.signals = 0.0, 0.0
         """Reward and cost of the last step; 0 once the episode has ended."""
@@ -202,10 +204,10 @@ class _Recorder:
             self.signals = 0.0, 0.0
             return
         self.observation, reward, self._terminated, truncated, info = self._env.step(action)
-        self.running = not (self._terminated or truncated)
+        self._actions.append(action)
+        self.running = not (self._terminated or truncated or len(self._actions) == self._horizon)
         self.signals = float(reward), float(info["cost"])
         self._observations.append(self.observation)
-        self._actions.append(action)
         self._signals.append(self.signals)
         if "sub_costs" in info:
             self._sub_costs.append(info["sub_costs"])

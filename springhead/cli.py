@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -244,6 +245,27 @@ def promote(
 
 
 @app.command()
+def accept(
+    stage: Annotated[str, typer.Argument(help="The validate stage that judged the data: rl-validate@TASK.")],
+    as_json: AsJson = False,
+) -> None:
+    """Accept a data set: later ones are compared with it for drift."""
+    from springhead.acceptance import accept as take
+
+    root = _root()
+    found = take(stage, root, _home(root))
+    if as_json:
+        _print_json(found.as_json())
+        return
+    path = found.path.relative_to(root)
+    if found.entry is None:
+        typer.echo(f"{stage}: data {found.data_digest[:12]} are the accepted ones already")
+        return
+    typer.echo(f"accepted data {found.data_digest[:12]}: {path}, ledger entry {found.entry}")
+    typer.echo(f"commit it: git add {path}; `dvc repro {stage}` writes drift.json anew, and trains nothing")
+
+
+@app.command()
 def rollback(
     name: Name,
     to: Annotated[
@@ -299,24 +321,55 @@ def doctor(
 
 
 @app.command()
-def tasks(as_json: AsJson = False) -> None:
-    """List the safe-RL tasks that are ready to run."""
-    from springhead.rl.tasks import TASKS
+def tasks(
+    check: Annotated[
+        list[str] | None,
+        typer.Option("--check", metavar="NAME", help="Step this task, seeded, and say whether it keeps its word."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Most steps of an episode that --check runs.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """List the safe-RL tasks, or check some of them."""
+    from springhead.rl.tasks import TASKS, task
 
+    if check:
+        _check_tasks([task(name).name for name in check], steps, as_json)
+        return
     if as_json:
-        fields = ("env_id", "observation_dim", "action_dim", "horizon", "limits", "return_range", "cost_range")
-        _print_json({name: {field: getattr(task, field) for field in fields} for name, task in TASKS.items()})
+        _print_json({name: asdict(known) for name, known in TASKS.items()})
         return
     from springhead.params import read_params
 
     used = read_params(_root() / "params.yaml").get("rl", {}).get("tasks", [])
-    typer.echo(f"{'task':<14}{'environment':<28}{'obs':>4}{'act':>4}{'steps':>7}  cost limits")
-    for name, task in TASKS.items():
-        limits = ", ".join(f"{limit:g}" for limit in task.limits)
+    typer.echo(f"{'task':<21}{'obs':>4}{'act':>4}{'steps':>6}  {'cost limits':<12}{'step cost':<12}sub-costs")
+    family = ""
+    for name, known in TASKS.items():
+        if known.family != family:
+            family = known.family
+            typer.secho(f"{family}", bold=True)
+        limits = ", ".join(f"{limit:g}" for limit in known.limits)
         mark = "  (in params.yaml)" if name in used else ""
         typer.echo(
-            f"{name:<14}{task.env_id:<28}{task.observation_dim:>4}{task.action_dim:>4}{task.horizon:>7}  {limits}{mark}"
+            f"  {name:<19}{known.observation_dim:>4}{known.action_dim:>4}{known.horizon:>6}  {limits:<12}"
+            f"{known.cost_kind:<12}{', '.join(known.sub_costs) or '-'}{mark}"
         )
+
+
+def _check_tasks(names: list[str], steps: int, as_json: bool) -> None:
+    from springhead.rl.conduct import check
+
+    found = {}
+    for name in names:
+        seen = found[name] = check(name, steps)
+        if not as_json:
+            parts = "".join(f", {part} {value:g}" for part, value in seen.sub_costs.items())
+            typer.echo(
+                f"{name}: good; {seen.steps} steps, {seen.ended}, return {seen.episode_return:.3g}, "
+                f"cost {seen.episode_cost:.3g}{parts}; {seen.steps_per_second:.0f} steps/s, "
+                f"reset {1000 * seen.reset_seconds:.1f} ms"
+            )
+    if as_json:
+        _print_json({name: asdict(seen) for name, seen in found.items()})
 
 
 @app.command()

@@ -16,6 +16,8 @@ from springhead.errors import BadInput
 from springhead.jsonio import write_json_atomic
 
 RECEIPTS, METRICS = "data/receipts", "data/metrics"
+ACCEPTED = "data/accepted"
+"""Profiles of accepted data sets: the one folder below ``data/`` that people fill, and git tracks."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def stray_files(path: Path, outputs: tuple[str, ...], root: Path) -> list[str]:
     """
     if path.is_file():
         return []
-    folders = tuple(f"{output}/" for output in outputs)
+    folders = (f"{ACCEPTED}/", *(f"{output}/" for output in outputs))
     names = (item.relative_to(root).as_posix() for item in sorted(path.rglob("*")) if item.is_file())
     return [name for name in names if name not in outputs and not name.startswith(folders)]
 

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 GENESIS = "0" * 64
 _KEYS = ("seq", "prev", "time", "kind", "body")
 # What every reader of an entry of a kind may rely on.
-_BODY = {"execution": ("execution", "stage", "receipt"), "promotion": ("model", "version", "digest")}
+_BODY = {
+    "execution": ("execution", "stage", "receipt"),
+    "promotion": ("model", "version", "digest"),
+    "acceptance": ("stage", "data"),
+}
 
 
 def _check(entry: Any) -> None:

@@ -1,5 +1,6 @@
 """The safe-RL suite: sound data are green, and every expectation goes red for its own fault, naming the episode."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from springhead import expectations
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json
 from springhead.lineage.digests import tree_digest
-from springhead.rl import suite
+from springhead.rl import envs, suite, suite_steps
 from springhead.rl.dataset import EPISODE_KEYS, Dataset, Episode, write_dsrl
 from springhead.rl.tasks import task
 from springhead.stage import for_test
@@ -28,7 +29,11 @@ PARAMS = validate.Params(
     reward_abs_max=50.0,
     continuity=True,
     continuity_tolerance=1e-6,
+    lidar_range=True,
+    drift_warning=0.2,
+    drift_critical=0.6,
 )
+GOAL = task("PointGoal2")  # of a family with lidar and several constraints
 ROWS = pa.schema(
     [
         ("id", pa.string()),
@@ -145,7 +150,7 @@ def by_name(frames: list[Frame], docs: Path) -> dict[str, Outcome]:
 @pytest.fixture(scope="module")
 def red(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
     flat, rows = faulty()
-    strict = validate.Params(1000, 1000, 100.0, 50.0, True, 1e-6)
+    strict = replace(PARAMS, min_episodes=1000, min_episodes_below=1000)
     return by_name(suite.frames(flat, table(rows), TASK, strict), tmp_path_factory.mktemp("red")), rows
 
 
@@ -177,12 +182,16 @@ def test_too_few_episodes_are_red(red: Any) -> None:
 
 @pytest.mark.fault
 def test_episodes_all_alike_and_malformed_arrays(red: Any, tmp_path: Path) -> None:
-    alike = [Episode(**{**arrays(i), "rewards": np.ones(TASK.horizon, np.float32)}) for i in range(3)]
+    still = {"rewards": np.ones(TASK.horizon, np.float32), "actions": np.zeros((TASK.horizon, 2), np.float32)}
+    alike = [Episode(**{**arrays(i), **still}) for i in range(3)]
     rows = table([row(i, episode) for i, episode in enumerate(alike)])
     data = Dataset.of(alike)
     flat = {key: getattr(data, key) for key in EPISODE_KEYS}
     varied = by_name([suite.frames(flat, rows, TASK, PARAMS)[-1]], tmp_path / "alike")
-    assert not varied["ExpectVariedReturns"].success
+    for name in ("ExpectVariedReturns", "ExpectVariedCosts", "ExpectVariedActions"):
+        assert not varied[name].success
+        assert varied[name].check.severity == "warning"
+    assert varied["ExpectVariedActions"].observed["max"] == 2
 
     flat["actions"] = flat["actions"][:, :1].astype(np.float64)
     frames = suite.frames(flat, rows, TASK, PARAMS)
@@ -260,15 +269,16 @@ def test_a_row_table_without_a_column_is_bad_input(tmp_path: Path) -> None:
         run(cut, tmp_path / "out")
 
 
-def test_continuity_can_be_switched_off() -> None:
-    off = validate.Params(4, 2, 100.0, 50.0, False, 0.0)
-    names = {check.name for check in suite._step_checks(TASK, off)}
-    assert "ExpectContinuity" not in names
-    assert "ExpectObservationsInRange" in names
+def test_expectations_can_be_switched_off() -> None:
+    names = {check.name for check in suite_steps.step_checks(GOAL, PARAMS)}
+    assert {"ExpectContinuity", "ExpectLidarInRange"} <= names
+    off = replace(PARAMS, continuity=False, lidar_range=False)
+    left = {check.name for check in suite_steps.step_checks(GOAL, off)}
+    assert names - left == {"ExpectContinuity", "ExpectLidarInRange"}
 
 
-def test_a_task_that_terminates_with_continuous_costs_asks_less() -> None:
-    names = {check.name for check in suite._step_checks(task("AntRun"), PARAMS)}
+def test_a_task_that_terminates_asks_for_no_full_length() -> None:
+    names = {check.name for check in suite_steps.step_checks(task("AntRun"), PARAMS)}
     assert "ExpectNoTerminals" not in names
     early = {**arrays(1, length=50), "timeouts": np.zeros(50, np.bool_)}
     early["terminals"] = np.arange(50) == 49
@@ -277,7 +287,103 @@ def test_a_task_that_terminates_with_continuous_costs_asks_less() -> None:
     assert found["full_length"].tolist() == [True]
 
 
-@pytest.mark.parametrize("key", ["min_episodes", "min_episodes_below", "observation_abs_max", "reward_abs_max"])
+# -- what families add ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [
+        ("BallCircle", {"ExpectCostsBinary", "ExpectNoTerminals"}),
+        ("AntRun", {"ExpectCostsBinary", "ExpectSubCostsNonNegative", "ExpectSubCostsOfCost"}),
+        ("SwimmerVelocity", {"ExpectCostsBinary", "ExpectNoTerminals"}),
+        ("HopperVelocity", {"ExpectCostsBinary"}),
+        ("CarCircle1", {"ExpectCostsBinary", "ExpectNoTerminals", "ExpectLidarInRange"}),
+        (
+            "PointGoal2",
+            {"ExpectCostsBinary", "ExpectLidarInRange", "ExpectSubCostsNonNegative", "ExpectSubCostsOfCost"},
+        ),
+        ("easysparse", {"ExpectLidarInRange", "ExpectSubCostsNonNegative", "ExpectSubCostsOfCost"}),
+    ],
+)
+def test_a_family_adds_its_own_expectations(name: str, added: set[str]) -> None:
+    of = task(name)
+    everything = {check.name for check in suite_steps.step_checks(of, PARAMS, bool(of.sub_costs))}
+    special = {"ExpectCostsBinary", "ExpectNoTerminals", "ExpectLidarInRange"}
+    special |= {"ExpectSubCostsNonNegative", "ExpectSubCostsOfCost"}
+    assert everything & special == added
+    assert "ExpectCostsNonNegative" in everything
+
+
+def test_the_lidar_of_real_observations_lies_in_its_range_and_the_rest_does_not() -> None:
+    env = envs.make("PointGoal2")
+    observation, _ = env.reset(seed=3)
+    seen, parts, costs = [observation], [], []
+    push = np.array([1.0, 0.3], np.float32)
+    for _ in range(150):
+        observation, _, _, _, info = env.step(push)
+        seen.append(observation)
+        parts.append(info["sub_costs"])
+        costs.append(info["cost"])
+    env.close()
+    states = np.stack(seen)
+    lidar = suite_steps.lidar_of(GOAL)
+    assert lidar is not None
+    assert states[:, lidar].shape[1] == 48  # goal, hazards, vases
+    assert states[:, lidar].min() >= 0 and states[:, lidar].max() <= 1
+    assert states[:, lidar.start - 3 : lidar.start].min() < 0  # the magnetometer before it is signed
+    data = {
+        "observations": states[:-1],
+        "sub_costs": np.stack(parts).astype(np.float32),
+        "costs": np.array(costs, np.float32),
+    }
+    columns = suite_steps._family_columns(data, GOAL)
+    assert columns["sub_costs_gap"].max() == 0
+    assert columns["lidar_outside"].max() == 0
+
+
+def goal_arrays(seed: int) -> dict[str, npt.NDArray[Any]]:
+    """A sound episode of PointGoal2, with sub-costs."""
+    rng = np.random.default_rng(seed)
+    states = rng.uniform(0, 1, (GOAL.horizon + 1, GOAL.observation_dim)).astype(np.float32)
+    states[:, :12] -= 0.5
+    parts = (rng.random((GOAL.horizon, len(GOAL.sub_costs))) < 0.02 * seed).astype(np.float32)
+    return {
+        **{key: np.zeros(GOAL.horizon, bool) for key in ("terminals",)},
+        "observations": states[:-1].copy(),
+        "next_observations": states[1:].copy(),
+        "actions": rng.uniform(-1, 1, (GOAL.horizon, 2)).astype(np.float32),
+        "rewards": rng.normal(size=GOAL.horizon).astype(np.float32),
+        "costs": parts.max(axis=1),
+        "timeouts": np.arange(GOAL.horizon) == GOAL.horizon - 1,
+        "sub_costs": parts,
+    }
+
+
+@pytest.mark.fault
+def test_lidar_and_sub_costs_at_fault_name_their_episodes(tmp_path: Path) -> None:
+    pieces = [goal_arrays(seed) for seed in range(4)]
+    pieces[1]["observations"][7, 59] = pieces[1]["next_observations"][6, 59] = 1.25
+    pieces[2]["sub_costs"][:, 0] = 0.0
+    pieces[3]["sub_costs"][11, 1] = -1.0
+    rows = [row(i, Episode(**piece)) for i, piece in enumerate(pieces)]
+    flat = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+    found = by_name(suite.frames(flat, table(rows), GOAL, PARAMS), tmp_path / "docs")
+    assert {name: o.ids() for name, o in found.items() if not o.success} == {
+        "ExpectLidarInRange": [rows[1]["id"]],
+        "ExpectSubCostsOfCost": [rows[2]["id"]],
+        "ExpectSubCostsNonNegative": [rows[3]["id"]],
+        "ExpectSafeEpisodes": ["cost limit 20", "cost limit 40"],
+    }
+    # The sub-costs are part of an episode's identity.
+    assert found["ExpectEpisodeIdsOfContent"].success
+    flat["sub_costs"] = flat["sub_costs"][:, :2]
+    [arrays_alone] = suite.frames(flat, table(rows), GOAL, PARAMS)
+    assert by_name([arrays_alone], tmp_path / "shape")["ExpectArrayShapes"].ids() == ["sub_costs"]
+
+
+@pytest.mark.parametrize(
+    "key", ["min_episodes", "min_episodes_below", "observation_abs_max", "reward_abs_max", "drift_warning"]
+)
 def test_impossible_bounds_are_refused(key: str) -> None:
     values = {name: getattr(PARAMS, name) for name in PARAMS.__dataclass_fields__}
     with pytest.raises(BadInput, match=rf"rl\.validate\.{key}"):

@@ -282,7 +282,7 @@ def record(
     Raises:
         BadInput: If the task is unknown, or cannot be drawn on this machine.
     """
-    env = make(task_name, render_mode="rgb_array")
+    env = make(task_name, render_mode="rgb_array").unwrapped  # as the runner steps it
     pictures: list[Any] = []
     steps = 0
 

@@ -1,4 +1,7 @@
-"""The catalogue against the benchmark's own constants and the simulator's own registry."""
+"""The catalogue against the published table, the benchmark's own package and the simulator's own registry."""
+
+import json
+from pathlib import Path
 
 import gymnasium
 import pytest
@@ -8,33 +11,66 @@ from springhead.rl.tasks import TASKS, task
 
 pytestmark = pytest.mark.unit
 
+PUBLISHED = {
+    entry["name"]: entry
+    for entry in json.loads(Path(__file__).with_name("published_tasks.json").read_text(encoding="utf-8"))["tasks"]
+}
 
-def _offline_id(known):
-    """The benchmark's own environment id."""
-    if known.family == "metadrive":
-        return f"OfflineMetadrive-{known.name}-v0"
-    suffix, version = ("Gymnasium", known.env_id[-2:]) if known.family == "safety-gymnasium" else ("", "v0")
-    return f"Offline{known.name}{suffix}-{version}"
+
+def density_of(entry):
+    keys = ("cbins", "rbins", "max_npb", "min_npb")
+    return {name: tuple(settings[key] for key in keys) for name, settings in entry["density_cfg"].items()}
+
+
+def test_the_catalogue_is_the_published_table():
+    published = {name for name, known in TASKS.items() if known.family != "custom"}
+    assert published == set(PUBLISHED)
+    assert len(published) == 38
+    for name, entry in PUBLISHED.items():
+        known = TASKS[name]
+        assert known.name == name
+        assert known.family.replace("-", "_") in entry["suite"]
+        assert (known.observation_dim, known.action_dim) == (entry["obs_dim"], entry["act_dim"])
+        assert known.horizon == entry["max_episode_steps"]
+        assert known.return_range == (entry["min_episode_reward"], entry["max_episode_reward"])
+        assert known.cost_range == (entry["min_episode_cost"], entry["max_episode_cost"])
+        assert known.limits == tuple(entry["eval_cost_limits"])
+        assert known.density == density_of(entry)
+        assert known.data_file == entry["dataset_file"]
+        assert known.data_file.startswith(known.env_id.removesuffix("-v0") + "-")
+        if entry["base_env_id"] is not None:  # the MetaDrive tasks have none
+            assert known.env_id == entry["base_env_id"].split()[0]
+
+
+def test_numbers_are_of_one_type():
+    """10 and 10.0 are different bytes in a receipt."""
+    for known in TASKS.values():
+        numbers = (*known.limits, *known.return_range, *known.cost_range)
+        assert all(type(number) is float for number in numbers)
+        assert all(type(number) is int for settings in known.density.values() for number in settings)
 
 
 def test_constants_are_the_benchmarks(capfd):
     infos = pytest.importorskip("dsrl.infos")
-    for name, known in TASKS.items():
+    densities = {}
+    for name, entry in PUBLISHED.items():
+        known = TASKS[name]
         assert known.return_range == (infos.MIN_EPISODE_REWARD[name], infos.MAX_EPISODE_REWARD[name])
         assert known.cost_range == (infos.MIN_EPISODE_COST[name], infos.MAX_EPISODE_COST[name])
         assert known.horizon == infos.DEFAULT_MAX_EPISODE_STEPS[name]
-        for density, settings in known.density.items():
-            published = infos.DENSITY_CFG[f"{_offline_id(known)}_density{density}"]
-            assert settings == tuple(published[key] for key in ("cbins", "rbins", "max_npb", "min_npb"))
+        assert infos.DATASET_URLS[name].rpartition("/")[2] == known.data_file
+        densities |= {f"{entry['offline_env_id']}_density{key}": value for key, value in known.density.items()}
+    keys = ("cbins", "rbins", "max_npb", "min_npb")
+    published = {name: tuple(settings[key] for key in keys) for name, settings in infos.DENSITY_CFG.items()}
+    assert densities == published
 
 
 def test_horizons_are_the_simulators():
     import bullet_safety_gym  # noqa: F401
 
-    bullet = [known for known in TASKS.values() if known.family == "bullet-safety-gym"]
-    assert len(bullet) == 8
-    for known in bullet:
-        assert gymnasium.spec(known.env_id).max_episode_steps == known.horizon
+    for known in TASKS.values():
+        if known.family == "bullet-safety-gym":
+            assert gymnasium.spec(known.env_id).max_episode_steps == known.horizon
 
 
 def test_normalised_scores():

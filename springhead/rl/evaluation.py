@@ -8,35 +8,40 @@ episodes: episode i of every policy and limit starts from the same reset seed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from springhead.rl.envs import run_episodes
-from springhead.rl.policy import load_policy
+from springhead.rl.dataset import Episode
+from springhead.rl.policy import Policy, load_policy
 from springhead.rl.tasks import Task, task
+from springhead.rl.workers import EpisodeWorkers, Group
 
 Floats = npt.NDArray[np.float64]
 
 
 class RandomPolicy:
-    """Uniform actions in [-1, 1]: the baseline that any learning must beat."""
+    """Uniform actions in [-1, 1]: the baseline that any learning must beat.
 
-    def __init__(self, of: Task, seed: int) -> None:
+    Args:
+        of: The task.
+        seed: Of the actions.
+        batch: How many batches of episodes came before; each has actions of its own.
+    """
+
+    def __init__(self, of: Task, seed: int, batch: int = 0) -> None:
         self.task = of.name
         self.algorithm = "random"
         self.observation_dim = of.observation_dim
         self.action_dim = of.action_dim
         self._seed = seed
-        self._batch = 0
-        self._generator = np.random.default_rng([seed, 0])
+        self._batch = batch
+        self._generator = np.random.default_rng([seed, batch])
 
     def reset(self, num_envs: int, cost_limit: float) -> None:
         """Begins new episodes, with actions of their own."""
@@ -49,6 +54,37 @@ class RandomPolicy:
 
     def observe(self, rewards: np.ndarray, costs: np.ndarray) -> None:
         """Nothing to remember."""
+
+
+class SavedPolicy:
+    """A policy folder, loaded where it acts: only its path travels to a worker process.
+
+    Args:
+        folder: The policy folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._policy: Policy | None = None
+
+    def reset(self, num_envs: int, cost_limit: float) -> None:
+        """Begins new episodes.
+
+        Raises:
+            BadInput: If the folder holds no policy, or one that cannot act under the limit.
+        """
+        self._policy = self._policy or load_policy(self._folder)
+        self._policy.reset(num_envs, cost_limit)
+
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Acts as the policy does."""
+        assert self._policy is not None
+        return self._policy.act(observations)
+
+    def observe(self, rewards: np.ndarray, costs: np.ndarray) -> None:
+        """Tells the policy."""
+        assert self._policy is not None
+        self._policy.observe(rewards, costs)
 
 
 @dataclass(frozen=True)
@@ -85,25 +121,17 @@ class Outcome:
     lengths: npt.NDArray[np.int64]
 
 
-def run_job(job: Job) -> Outcome:
-    """Runs one job in this process.
-
-    Raises:
-        BadInput: If the folder holds no policy, or one that cannot act under the limit.
-    """
-    torch.set_num_threads(1)  # also in worker processes, which the stage harness did not settle
-    of = task(job.task)
-    policy = RandomPolicy(of, job.seeds[0]) if job.folder is None else load_policy(job.folder)
-    episodes = run_episodes(of.name, policy, job.seeds, job.cost_limit, job.num_envs)
-    return Outcome(
-        returns=np.array([episode.episode_return for episode in episodes]),
-        costs=np.array([episode.cost_return for episode in episodes]),
-        lengths=np.array([episode.length for episode in episodes], dtype=np.int64),
-    )
+def groups(job: Job) -> list[Group]:
+    """The groups of episodes that a job consists of."""
+    found = []
+    for batch, start in enumerate(range(0, len(job.seeds), job.num_envs)):
+        policy = SavedPolicy(job.folder) if job.folder else RandomPolicy(task(job.task), job.seeds[0], batch)
+        found.append(Group(policy, job.seeds[start : start + job.num_envs], job.cost_limit))
+    return found
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[int], None] = lambda number: None) -> list[Outcome]:
-    """Runs jobs, in order or in worker processes; the results do not depend on which.
+    """Runs jobs, in this process or in worker processes; the results do not depend on which.
 
     Args:
         jobs: The jobs.
@@ -112,20 +140,28 @@ def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[int], None] = 
 
     Returns:
         One outcome per job, in their order.
+
+    Raises:
+        BadInput: If a folder holds no policy, or one that cannot act under the limit.
     """
+    outcomes: list[Outcome] = []
+    for (name, num_envs), alike in itertools.groupby(jobs, lambda job: (job.task, job.num_envs)):
+        parts = [groups(job) for job in alike]
+        with EpisodeWorkers(name, num_envs, processes) as workers:
+            results = workers.run(itertools.chain.from_iterable(parts))
+            for part in parts:
+                outcomes.append(_outcome(itertools.islice(results, len(part))))
+                done(len(outcomes))
+    return outcomes
 
-    def collect(outcomes: Iterator[Outcome]) -> list[Outcome]:
-        found = []
-        for outcome in outcomes:
-            found.append(outcome)
-            done(len(found))
-        return found
 
-    if processes <= 1 or len(jobs) <= 1:
-        return collect(map(run_job, jobs))
-    # Spawned, not forked: a fork would copy the physics server and torch's thread pools in mid-flight.
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
-        return collect(pool.map(run_job, jobs))
+def _outcome(results: Iterator[list[Episode]]) -> Outcome:
+    episodes = list(itertools.chain.from_iterable(results))
+    return Outcome(
+        returns=np.array([episode.episode_return for episode in episodes]),
+        costs=np.array([episode.cost_return for episode in episodes]),
+        lengths=np.array([episode.length for episode in episodes], dtype=np.int64),
+    )
 
 
 def episode_seeds(seed: int, number: int) -> tuple[int, ...]:

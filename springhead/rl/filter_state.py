@@ -32,12 +32,14 @@ class Look:
         judgement: What the rule decided; its index counts in ``returns`` and ``costs``.
         returns: (m,) returns of the episodes that were left when it ran.
         costs: (m,) their costs.
+        sources: (m,) the positions in the input of the episodes they came from.
         changed: Whether the rule replaces what it does not keep, instead of dropping it.
     """
 
     judgement: Judgement
     returns: Floats
     costs: Floats
+    sources: Positions
     changed: bool
 
 
@@ -204,7 +206,7 @@ class State:
 
     def _record(self, judgement: Judgement, made: Versions | None) -> None:
         self._judged.append((self._version[judgement.index], made))
-        self._looks.append(Look(judgement, self.returns, self.costs, made is not None))
+        self._looks.append(Look(judgement, self.returns, self.costs, self._sources, made is not None))
 
     def outcome(self) -> Filtered:
         """What is left and why."""

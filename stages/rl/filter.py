@@ -85,18 +85,46 @@ def read_collected(folder: Path) -> tuple[Dataset, pa.Table]:
     return data, rows
 
 
+def outcomes(number: int, filtered: Filtered) -> npt.NDArray[np.object_]:
+    """What became of each collected episode: ``kept``, ``changed``, or the rule that dropped it, (number,)."""
+    found = np.full(number, "", dtype=object)
+    found[filtered.sources] = np.where(filtered.changed, "changed", "kept")
+    for look in filtered.looks:
+        if not look.changed:
+            found[look.sources[look.judgement.fallen()]] = look.judgement.rule
+    return found
+
+
+def panels(filtered: Filtered) -> list[plots.Panel]:
+    """The plane as each rule found it; the kept are drawn where a rule leaves them, the changed where they were."""
+    found = []
+    for look in filtered.looks:
+        outcome = np.ones(len(look.returns), dtype=np.int64)
+        outcome[look.judgement.fallen()] = 2 if look.changed else 0
+        found.append(plots.Panel(look.judgement.rule, look.returns, look.costs, outcome))
+    return found
+
+
 def draw(out: Path, data: Dataset, filtered: Filtered, of: Task) -> None:
-    """Writes ``scatter.csv`` and ``scatter.png``: every collected episode, and whether it is left unchanged."""
-    kept = np.zeros(len(data), dtype=bool)
-    kept[filtered.sources[~filtered.changed]] = True
+    """Writes the plane as numbers (``scatter.csv``) and as pictures.
+
+    ``scatter.png`` has every collected episode and what became of it, ``steps.png`` each rule's before and after,
+    ``coverage.png`` how much of the plane is covered.
+    """
+    became = outcomes(len(data), filtered)
     lines = ["cost_return,episode_return,outcome"]
-    for cost, value, stays in zip(
-        data.cost_returns.tolist(), data.episode_returns.tolist(), kept.tolist(), strict=True
+    for cost, value, name in zip(
+        data.cost_returns.tolist(), data.episode_returns.tolist(), became.tolist(), strict=True
     ):
-        lines.append(f"{cost:.6g},{value:.6g},{'kept' if stays else 'dropped'}")
+        lines.append(f"{cost:.6g},{value:.6g},{name}")
     (out / "scatter.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    title = f"{of.name}: episodes before and after filtering"
-    plots.scatter(out / "scatter.png", data.episode_returns, data.cost_returns, kept, of.limits, title)
+    before, left = (data.episode_returns, data.cost_returns), filtered.dataset
+    title = f"{of.name}: what became of {len(data):,} episodes"
+    rules = list(dict.fromkeys(look.judgement.rule for look in filtered.looks))
+    plots.scatter(out / "scatter.png", *before, became, rules, of.limits, title)
+    plots.steps(out / "steps.png", panels(filtered), of.limits, f"{of.name}: before and after each rule")
+    after = (left.episode_returns, left.cost_returns)
+    plots.coverage(out / "coverage.png", before, after, of.limits, f"{of.name}: coverage of the plane")
 
 
 def run(stage: Stage[Params]) -> None:

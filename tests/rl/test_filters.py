@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -343,7 +344,8 @@ def test_the_stage_writes_data_rows_decisions_and_plots(tmp_path: Path) -> None:
         stage = for_test(params, tmp_path / name, {"collect": source}, {"task": "BallCircle"}, seed=5, stage="filter")
         filter_stage.run(stage)
         outs.append(tmp_path / name)
-    for file in ("dataset.hdf5", "rows.parquet", "decisions.parquet", "scatter.csv", "scatter.png"):
+    pictures = ("scatter.png", "steps.png", "coverage.png")
+    for file in ("dataset.hdf5", "rows.parquet", "decisions.parquet", "scatter.csv", *pictures):
         assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes(), file
     left = read_dsrl(outs[0] / "dataset.hdf5").episodes()
     rows = read_table(outs[0] / "rows.parquet").to_pylist()
@@ -355,6 +357,34 @@ def test_the_stage_writes_data_rows_decisions_and_plots(tmp_path: Path) -> None:
     assert changed[0]["parents"][0] in originals
     assert changed[0]["cost_return"] < 5
     assert stage.record.metrics["left"] == len(left) < 20
+    drawn = [line.rpartition(",")[2] for line in (outs[0] / "scatter.csv").read_text().splitlines()[1:]]
+    assert len(drawn) == 20
+    assert {name: drawn.count(name) for name in set(drawn)} == {
+        "kept": len(left) - 1,
+        "changed": 1,
+        "density-crowded": 20 - len(left),
+    }
+    for name in pictures:
+        pixels = plt.imread(outs[0] / name)
+        assert min(pixels.shape[:2]) > 300
+        assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 50  # something is drawn
+
+
+def test_an_episode_is_marked_by_the_rule_that_dropped_it_and_panels_show_what_each_rule_saw() -> None:
+    episodes = spread(10)
+    left = chain(episodes, 0, {"outliers": Outliers(0.1, 5)}, {"range": Ranges(cost_min=3.0, cost_max=18.0)})
+    became = filter_stage.outcomes(10, left)
+    falsified = int(left.looks[0].judgement.fallen()[0])
+    costs = [e.cost_return for e in episodes]
+    lied = left.looks[1].costs[falsified]
+    for number, (cost, name) in enumerate(zip(costs, became, strict=True)):
+        seen = lied if number == falsified else cost
+        kept = "changed" if number == falsified else "kept"
+        assert name == ("range-cost-min" if seen < 3 else "range-cost-max" if seen > 18 else kept)
+    first, second, third = filter_stage.panels(left)
+    assert (first.title, first.outcome.tolist().count(2), len(first.costs)) == ("outliers", 1, 10)
+    assert second.costs[falsified] == lied != first.costs[falsified]
+    assert len(third.costs) == int((second.outcome == 1).sum())
 
 
 def test_the_stage_refuses_rows_that_belong_to_other_data(tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 """The experts stage: what it writes, twice the same, and after a kill the same again."""
 
+import csv
 import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -78,6 +84,72 @@ def test_a_killed_stage_ends_with_the_same_bytes(tmp_path, monkeypatch):
     assert tree_digest(killed.out) == tree_digest(whole.out)
 
 
+FEW = {key: SMALL[key] for key in ("episodes_per_iteration", "num_envs", "hidden")}
+LONGER = dataclasses.replace(PARAMS.tasks["BallRun"], iterations=24, settings={"cpo": {"iterations": 12}})
+ALL = dataclasses.replace(
+    PARAMS,
+    runs={"ppo-lag": 1, "trpo-lag": 1, "cpo": 1, "focops": 1},
+    algorithms=dict.fromkeys(("ppo-lag", "trpo-lag", "cpo", "focops"), FEW),
+    tasks={"BallRun": LONGER},
+)
+
+
+def train_all(folder):
+    """Runs the stage with four algorithms, into an empty output as the harness gives it; also a process's main."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    stage = for_test(ALL, folder / "out", {}, {"task": "BallRun"})
+    experts.run(stage)
+    return stage
+
+
+def test_several_algorithms_share_a_folder_an_index_and_a_history(tmp_path):
+    stage = train_all(tmp_path)
+    index = read_json(stage.out / "index.json")
+    assert [line["algorithm"] for line in index] == [name for name in ALL.runs for _ in range(3)]
+    assert {path.name for path in stage.out.iterdir() if path.is_dir()} == {line["name"] for line in index}
+    for name in ALL.runs:
+        chosen = [line for line in index if line["algorithm"] == name and line["chosen"]]
+        others = [line for line in index if line["algorithm"] == name and not line["chosen"]]
+        assert (len(chosen), len(others)) == (1, 2)
+        # Every run ends with the limit 0.
+        assert all((line["cost_return"] <= 0) <= (chosen[0]["cost_return"] <= 0) for line in others)
+        assert {"final_return", "final_cost"} == set(stage.record.metrics[name])
+    lines = list(csv.DictReader((stage.out / "history.csv").open()))
+    assert [(line["algorithm"], line["iteration"]) for line in lines] == [
+        (name, str(i)) for name in ALL.runs for i in range(12 if name == "cpo" else 24)
+    ]
+    assert {line["case"] == "" for line in lines if line["algorithm"] != "cpo"} == {True}
+    assert {float(line["case"]) for line in lines if line["algorithm"] == "cpo"} <= {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["cpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL.runs if n != "cpo")])
+def test_a_stage_killed_by_the_system_ends_with_the_same_bytes(tmp_path, name):
+    """SIGKILL while the algorithm is training, somewhere after its first checkpoint."""
+    whole = train_all(tmp_path / "whole")
+    code = f"from pathlib import Path; from tests.rl.test_experts import train_all; train_all(Path({str(tmp_path)!r}))"
+    child = subprocess.Popen([sys.executable, "-c", code])
+    checkpoint = for_test(ALL, tmp_path / "out", {}, {"task": "BallRun"}).scratch / f"{name}-0"
+    while not list(checkpoint.glob("checkpoint-*.json")):
+        assert child.poll() is None
+        time.sleep(0.002)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert tree_digest(train_all(tmp_path).out) == tree_digest(whole.out)
+
+
+@pytest.mark.e2e
+def test_worker_processes_change_no_byte(tmp_path):
+    found = []
+    for processes in (1, 2):
+        params = dataclasses.replace(PARAMS, runs={"ppo-lag": 1}, processes=processes)
+        stage = for_test(params, tmp_path / str(processes), {}, {"task": "BallRun"})
+        experts.run(stage)
+        found.append(tree_digest(stage.out))
+    assert found[0] == found[1]
+
+
 @pytest.mark.fault
 def test_bad_parameters_are_named(tmp_path):
     stage = for_test(PARAMS, tmp_path / "out", {}, {"task": "CarRun"})
@@ -87,5 +159,12 @@ def test_bad_parameters_are_named(tmp_path):
         Schedule(iterations=1, cost_limit_start=1, cost_limit_end=1, ramp_from=0.9, ramp_until=0.1)
     with pytest.raises(ValueError, match="at least 1"):
         dataclasses.replace(PARAMS, policies=0)
+    with pytest.raises(ValueError, match="unknown algorithm 'ppo'"):
+        dataclasses.replace(PARAMS, runs={"ppo": 1})
+    with pytest.raises(ValueError, match="no run at all"):
+        dataclasses.replace(PARAMS, runs={"ppo-lag": 0})
+    wrong = dataclasses.replace(PARAMS, algorithms={"ppo-lag": {"learning_rat": 0.1}})
+    with pytest.raises(BadInput, match=r"ppo-lag\.learning_rat: unknown parameter; did you mean 'learning_rate'"):
+        experts.run(for_test(wrong, tmp_path / "wrong", {}, {"task": "BallRun"}))
     with pytest.raises(BadInput, match="unknown task"):
         experts.run(for_test(PARAMS, tmp_path / "other", {}, {"task": "BalRun"}))

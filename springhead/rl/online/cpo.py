@@ -88,6 +88,12 @@ class Dual:
     lam: float
     nu: float
 
+    def step(self, reward_step: torch.Tensor, cost_step: torch.Tensor) -> torch.Tensor:
+        """The step x, given H^-1 g and H^-1 b; both of (n,)."""
+        if self.case == 0:
+            return -self.nu * cost_step
+        return (reward_step - self.nu * cost_step) / max(self.lam, _TINY)
+
 
 def solve_dual(q: float, r: float, s: float, c: float, delta: float) -> Dual:
     """Solves the dual of the step's problem (Achiam et al. 2017, theorem 2 of the appendix).
@@ -168,10 +174,7 @@ class CPO(OnPolicy):
         image = product(cost_step)
         q, r, s = (float(x) for x in (reward_step @ product(reward_step), reward_step @ image, cost_step @ image))
         dual = solve_dual(max(q, 0.0), r, s, c, self.config.target_kl)
-        if dual.case == 0:
-            step = -dual.nu * cost_step
-        else:
-            step = (reward_step - dual.nu * cost_step) / max(dual.lam, _TINY)
+        step = dual.step(reward_step, cost_step)
         if self.config.released:
             step = step / (step.norm() + _TINY)
         centre = batch.old if self.config.released else old
@@ -188,7 +191,14 @@ class CPO(OnPolicy):
         )
         with torch.no_grad():
             kl = float(mean_kl(old, self.actor(batch.observations)))
-        return {"case": float(dual.case), "lam": dual.lam, "nu": dual.nu, "step": fraction, "kl": kl, "excess": c}
+        return {
+            "case": float(dual.case),
+            "lam": dual.lam,
+            "nu": dual.nu,
+            "step_fraction": fraction,
+            "kl": kl,
+            "excess": c,
+        }
 
     def update(self, batch: Batch, cost_return: float, limit: float) -> tuple[float, dict[str, float]]:
         """Takes the policy steps and fits the critics; the multiplier reported is nu of the last step."""

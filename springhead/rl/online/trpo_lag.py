@@ -147,7 +147,7 @@ class TRPOLag(OnPolicy):
             "reward_value_loss": reward_loss,
             "cost_value_loss": cost_loss,
             "kl": sum(kls),
-            "step": sum(fractions) / len(fractions),
+            "step_fraction": sum(fractions) / len(fractions),
             "std": self.mean_std(),
         }
 

@@ -339,20 +339,11 @@ def tasks(
         _print_json({name: asdict(known) for name, known in TASKS.items()})
         return
     from springhead.params import read_params
+    from springhead.rl.task_table import text_lines
 
     used = read_params(_root() / "params.yaml").get("rl", {}).get("tasks", [])
-    typer.echo(f"{'task':<21}{'obs':>4}{'act':>4}{'steps':>6}  {'cost limits':<12}{'step cost':<12}sub-costs")
-    family = ""
-    for name, known in TASKS.items():
-        if known.family != family:
-            family = known.family
-            typer.secho(f"{family}", bold=True)
-        limits = ", ".join(f"{limit:g}" for limit in known.limits)
-        mark = "  (in params.yaml)" if name in used else ""
-        typer.echo(
-            f"  {name:<19}{known.observation_dim:>4}{known.action_dim:>4}{known.horizon:>6}  {limits:<12}"
-            f"{known.cost_kind:<12}{', '.join(known.sub_costs) or '-'}{mark}"
-        )
+    for line in text_lines(used):
+        typer.secho(line, bold=not line.startswith(" "))
 
 
 def _check_tasks(names: list[str], steps: int, as_json: bool) -> None:

@@ -152,8 +152,13 @@ def test_report_says_where_it_is(shell: Shell) -> None:
 def test_tasks_and_algorithms(shell: Shell) -> None:
     code, out, _ = shell("tasks")
     assert code == 0
-    assert re.search(r"BallCircle +SafetyBallCircle-v0 +8 +2 +200  10, 20, 40", out)
-    assert "BallCircle" in json.loads(shell("tasks", "--json")[1])
+    assert re.search(r"^bullet-safety-gym$", out, re.MULTILINE)
+    assert re.search(r"^  BallRun +7 +2 +100  10, 20, 40 +binary +boundary, velocity$", out, re.MULTILINE)
+    assert json.loads(shell("tasks", "--json")[1])["PointGoal1"]["limits"] == [20, 40, 80]
+    code, out, _ = shell("tasks", "--check", "BallRun", "--steps", "20")
+    assert code == 0
+    assert out.startswith("BallRun: good; 20 steps, running, return ")
+    assert shell("tasks", "--check", "BalRun")[0] == 2
     files = {entry["file"] for entry in json.loads(shell("algorithms", "--json")[1])}
     assert {"springhead/rl/offline/cdt.py", "springhead/rl/online/ppo_lag.py", "springhead/llm/mend.py"} <= files
     assert "Constrained Decision Transformer" in shell("algorithms")[1]

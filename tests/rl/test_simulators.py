@@ -262,7 +262,7 @@ def test_a_simulator_that_dies_is_named_and_another_starts(drive):
 
 def test_what_needs_a_reset_says_so(drive):
     with pytest.raises(BadInput, match="step before reset"):
-        drive.step(np.zeros(2, dtype=np.float32))
+        drive.unwrapped.step(np.zeros(2, dtype=np.float32))
 
 
 # -- pictures -----------------------------------------------------------------------------------

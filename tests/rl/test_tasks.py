@@ -7,6 +7,7 @@ import gymnasium
 import pytest
 
 from springhead.errors import BadInput
+from springhead.rl import task_table
 from springhead.rl.tasks import TASKS, task
 
 pytestmark = pytest.mark.unit
@@ -92,3 +93,19 @@ def test_unknown_task_names_the_nearest_and_all():
         task("ballcirle")
     with pytest.raises(BadInput, match="Known tasks"):
         task("xyzzy")
+
+
+def test_the_published_page_shows_the_catalogue():
+    page = (Path(__file__).parents[2] / "docs/methods/tasks.md").read_text(encoding="utf-8")
+    for family in ("bullet-safety-gym", "safety-gymnasium", "metadrive"):
+        lines = list(task_table.markdown_lines(family))
+        assert len(lines) > 9
+        assert "\n".join(lines) in page, f"{family}: bring its table in docs/methods/tasks.md up to date"
+
+
+def test_the_list_marks_what_is_used():
+    lines = list(task_table.text_lines(["CarRun"]))
+    assert [line for line in lines if line.endswith("(in params.yaml)")] == [
+        "  CarRun                7   2   200  10, 20, 40  binary      boundary, velocity  (in params.yaml)"
+    ]
+    assert [line for line in lines[1:] if not line.startswith(" ")][:2] == ["bullet-safety-gym", "safety-gymnasium"]

@@ -37,7 +37,7 @@ Floats = npt.NDArray[np.float32]
 
 _VERSION = "0.4.3"
 _ROADS = {"easy": ("SCS", 0), "medium": ("XST", 100), "hard": ("TRO", 200)}
-"""Blocks of the road (straight, curve, crossing, T-junction, roundabout, ramps out) and the map's seed."""
+"""Blocks of the road (Straight, Curve, crossing X, T-junction, Ramp, rOundabout) and the map's seed."""
 _TRAFFIC = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
 _LIDAR = 240  # the last numbers of an observation: free distance in each direction, 1 for 50 metres
 _SAFE_SPEED = 10.0  # km/h

@@ -8,7 +8,7 @@ each, and a' ~ pi(s'):
     reward targets  R_n + w (Q_r'(s', a') - alpha log pi(a'|s'))                           (eq. 5, 6)
     cost targets    C_n + w Q_c'(s', a')
     policy          min E[alpha log pi(a|s) - Q_r(s, a) + lambda Q_c(s, a)] / (1 + lambda)  (eq. 9 and Stooke)
-    temperature     min E[-log alpha (log pi(a|s) - action_dim)]                            (eq. 18)
+    temperature     min E[-log alpha (log pi(a|s) + target entropy)]                        (eq. 18)
 
 Deviations, each on purpose, beside those of ``off_policy.py``:
 
@@ -45,6 +45,8 @@ class SACLagConfig(OffPolicyConfig):
     Attributes:
         alpha: First temperature.
         alpha_lr: Adam's step size for its logarithm.
+        target_entropy: What the temperature aims at, per component of an action; the paper's is -1. The lower, the
+            less sampled episodes, whose cost moves the multiplier, differ from those of the mean action.
         pid_kp: Gain of the multiplier on the cost excess.
         pid_ki: Gain on its integral.
         pid_kd: Gain on its rise.
@@ -52,6 +54,7 @@ class SACLagConfig(OffPolicyConfig):
 
     alpha: float = 0.2
     alpha_lr: float = 3e-4
+    target_entropy: float = -1.0
     pid_kp: float = 0.05
     pid_ki: float = 0.0005
     pid_kd: float = 0.1
@@ -108,7 +111,7 @@ class SACLag(OffPolicy):
         policy_loss = (alpha * log_probs - reward + multiplier * cost).mean() / (1.0 + multiplier)
         self.descend("actor", policy_loss)
         log_prob = log_probs.detach().mean()
-        self.descend("alpha", -self.log_alpha * (log_prob - self.task.action_dim))
+        self.descend("alpha", -self.log_alpha * (log_prob + self.config.target_entropy * self.task.action_dim))
         return {
             "multiplier": torch.tensor(self.lagrangian.value),
             "reward_critic_loss": critic_losses[0],

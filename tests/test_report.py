@@ -3,10 +3,12 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from springhead.errors import BadInput
+from springhead.jsonio import read_json, write_json
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
 from springhead.report import build
@@ -171,3 +173,63 @@ def test_a_leaderboard_joins_figures_with_their_spread(tmp_path: Path) -> None:
 def test_figures_and_sizes_are_short() -> None:
     assert [number(x) for x in (3.0, 0.12345, 123.456, 1e9)] == ["3", "0.123", "123.5", "1,000,000,000.0"]
     assert [size(n) for n in (812, 3_400_000, 2_100_000_000)] == ["812 B", "3.4 MB", "2.1 GB"]
+
+
+def validated(root: Path, drift: dict[str, Any]) -> None:
+    write_json(root / f"data/rl/validate/{TASK}/drift.json", drift)
+
+
+QUANTITIES = [
+    {"quantity": f"observation[{n}]", "drift": n / 100, "accepted": 1.0, "now": 2.0} for n in range(9)
+] + [
+    {"quantity": "episode_return", "drift": 0.713, "accepted": 55.25, "now": 99.5},
+    {"quantity": "action[7]", "drift": 1.0, "accepted": None, "now": 3.0},
+]  # fmt: skip
+
+
+def test_drift_is_shown_with_the_largest_first(root: Path) -> None:
+    broken = {"success": False, "description": "no quantity has drifted by more than 0.2"}
+    accepted = {"data_digest": "abcdef123456" + "0" * 52, "episodes": 1234}
+    validated(root, {"accepted": accepted, "severity": "warning", "quantities": QUANTITIES, "expectations": [broken]})
+    text = Page(build(root, out=root / "out").read_text()).text
+    for part in ("Drift warning from the accepted data abcdef123456 of 1,234 episodes", broken["description"],
+                 "action[7] – 3 1.000", "episode return 55.2 99.5 0.713", "The 8 largest of 11"):  # fmt: skip
+        assert part in text, part
+    assert text.index("action[7]") < text.index("episode return") < text.index("observation[8]")
+    assert "observation[2]" not in text
+
+
+def test_with_nothing_accepted_the_page_says_how_to_accept(root: Path) -> None:
+    validated(root, {"accepted": None, "severity": "none", "quantities": [], "expectations": []})
+    assert f"springhead accept rl-validate@{TASK}" in Page(build(root, out=root / "out").read_text()).text
+
+
+def test_a_damaged_drift_file_is_said_and_the_verdict_still_shown(root: Path) -> None:
+    validated(root, {"accepted": {}})
+    text = Page(build(root, out=root / "out").read_text()).text
+    assert f"The drift of rl-validate@{TASK} cannot be read" in text
+    assert "at least 100 rows" in text
+
+
+def test_films_and_the_pictures_of_filters_are_on_the_page(root: Path) -> None:
+    folder, picture = root / f"data/rl/gallery/{TASK}", root / f"data/rl/filter/{TASK}/steps.png"
+    who = {"name": "run-0-03", "algorithm": "cpo", "cost_limit": 10.0, "seed": 0, "digest": "0" * 64}
+    figures = {"reset_seed": 1, "length": 100, "episode_return": 12.345, "cost_return": 3.0}
+    safe = {**who, **figures, "film": "safe.gif"}
+    write_json(folder / "gallery.json", {"safe": safe, "greedy": {**who, "film": None, "why": "no renderer <here>"}})
+    (folder / "safe.gif").write_bytes(b"GIF89a")
+    picture.write_bytes(b"picture")
+    receipt = read_json(root / f"data/receipts/rl-filter@{TASK}.json")
+    receipt["outputs"][f"data/rl/filter/{TASK}"]["files"]["steps.png"] = "0" * 64
+    write_json(root / f"data/receipts/rl-filter@{TASK}.json", receipt)
+    mine = {**receipt, "stage": f"rl-gallery@{TASK}", "datasets": [], "dependencies": {}}
+    mine["outputs"] = {f"data/rl/gallery/{TASK}": {"sha256": "0" * 64, "bytes": 6, "files": {"safe.gif": "0" * 64}}}
+    write_json(root / f"data/receipts/rl-gallery@{TASK}.json", mine)
+    front = build(root, out=root / "out")
+    page = Page(front.read_text())
+    assert "the best that keeps the middle limit: cpo at cost limit 10; return 12.3, cost 3 in 100 steps" in page.text
+    assert "No film: no renderer <here>" in page.text
+    [film] = [link for link in page.links if link.endswith(".gif")][:1]
+    assert (front.parent / film).read_bytes() == b"GIF89a"
+    [wide] = [image for image in page.images if image["alt"] == f"before and after each rule of rl-filter@{TASK}"]
+    assert (front.parent / str(wide["src"])).read_bytes() == b"picture"

@@ -20,6 +20,12 @@ from springhead.report.collect import BRANCHES, Facts, collect, number
 from springhead.report.dag import draw
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_TITLES = {
+    "scatter": "what became of each episode",
+    "steps": "before and after each rule",
+    "coverage": "how the plane is covered",
+}
+_WIDE = ("steps", "coverage")
 _MARKER = ".springhead-report"
 
 
@@ -79,6 +85,7 @@ def _page(root: Path, target: Path, facts: Facts) -> str:
         tiles=_tiles(facts),
         dag=draw(facts.graph, states, seconds),
         results=[r | {"plots": [_asset(p, r["stage"], target) for p in r["plots"]]} for r in facts.results],
+        films=[f | {"films": [_film(x, f["stage"], target) for x in f["films"]]} for f in facts.films],
         filters=[f | {"plots": [_asset(p, f["stage"], target) for p in f["plots"]]} for f in facts.filters],
         verdicts=[v | {"docs": _docs(v, target)} for v in facts.verdicts],
         histories=_histories(root, facts),
@@ -137,8 +144,20 @@ def _asset(path: Path, stage: str, target: Path) -> dict[str, str]:
     name = f"{stage.replace('@', '-')}-{path.stem}-{digest}{path.suffix}"
     (target / "assets").mkdir(exist_ok=True)
     shutil.copyfile(path, target / "assets" / name)
-    title = path.stem.replace("_", " ").replace("-", " ")
-    return {"href": f"assets/{name}", "title": title, "alt": f"{title} of {stage}"}
+    title = _TITLES.get(path.stem, path.stem.replace("_", " ").replace("-", " "))
+    return {
+        "href": f"assets/{name}",
+        "title": title,
+        "alt": f"{title} of {stage}",
+        "shape": "wide" if path.stem in _WIDE else "",
+    }
+
+
+def _film(film: Mapping[str, Any], stage: str, target: Path) -> dict[str, Any]:
+    """Copies a film beside the page, where there is one."""
+    if film["path"] is None:
+        return {"href": None, "title": film["title"], "why": film["why"]}
+    return _asset(film["path"], stage, target) | {"title": film["title"], "alt": f"Film of {film['title']}"}
 
 
 def _docs(verdict: Mapping[str, Any], target: Path) -> str | None:

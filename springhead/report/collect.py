@@ -16,8 +16,8 @@ from springhead.jsonio import read_json
 from springhead.lineage.dvcfiles import read_lock
 from springhead.lineage.graph import Graph, branch_of, item_of, step_of
 from springhead.lineage.ledger import Ledger
-from springhead.lineage.rows import Rows
 from springhead.lineage.status import champions_of, last_runs
+from springhead.report import data
 
 BRANCHES = {"rl": "Safe policies", "llm": "Language models"}
 
@@ -33,6 +33,7 @@ class Facts:
     champions: list[dict[str, Any]] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     datasets: list[dict[str, Any]] = field(default_factory=list)
+    films: list[dict[str, Any]] = field(default_factory=list)
     filters: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -51,9 +52,10 @@ def collect(root: Path, home: Path) -> Facts:
     facts.stages = _stages(root, facts)
     facts.champions = _champions(facts)
     facts.results = [r for name in facts.graph.order for r in _result(root, facts, name)]
-    facts.datasets = _datasets(facts)
-    facts.filters = _filters(root, facts)
-    facts.verdicts = _verdicts(root, facts)
+    facts.datasets = data.datasets(facts.graph)
+    facts.films = data.films(root, facts.graph, notes)
+    facts.filters = data.filters(root, facts.graph, notes)
+    facts.verdicts = data.verdicts(root, facts.graph, notes)
     return facts
 
 
@@ -299,50 +301,3 @@ def _best(lines: list[dict[str, str]], keys: list[str]) -> dict[str, list[int]]:
             top = max(values.values(), default=None)
             best.setdefault(key, []).extend(i for i, v in values.items() if v == top)
     return best
-
-
-# -- data -----------------------------------------------------------------------------------------
-
-
-def _datasets(facts: Facts) -> list[dict[str, Any]]:
-    found = []
-    for stage in facts.graph.order:
-        for data in facts.graph.receipts[stage]["datasets"]:
-            if data["role"] == "output":
-                readers = facts.graph.models_behind([stage])
-                found.append({**data, "stage": stage, "models": len(readers)})
-    return sorted(found, key=lambda d: branch_of(d["stage"]) != "rl")
-
-
-def _filters(root: Path, facts: Facts) -> list[dict[str, Any]]:
-    """Returns each filter stage with its rules and its plots."""
-    try:
-        rows = Rows(root, facts.graph)
-        rules = {stage: rows.rules(stage) for stage in facts.graph.order}
-    except SpringheadError as error:
-        facts.notes.append(f"Filter decisions are left out: {error}.")
-        return []
-    found = []
-    for stage in (name for name in facts.graph.order if rules[name]):
-        outputs = facts.graph.receipts[stage]["outputs"]
-        plots = [root / out / n for out, entry in outputs.items() for n in entry.get("files", {}) if n.endswith(".png")]
-        found.append({"stage": stage, "rules": rules[stage], "plots": [p for p in plots if p.is_file()]})
-    return sorted(found, key=lambda f: branch_of(f["stage"]) != "rl")
-
-
-def _verdicts(root: Path, facts: Facts) -> list[dict[str, Any]]:
-    found = []
-    for stage in (name for name in facts.graph.order if step_of(name) == "validate"):
-        for out in facts.graph.receipts[stage]["outputs"]:
-            path = root / out / "verdict.json"
-            if not path.is_file():
-                continue
-            try:
-                verdict = read_json(path)
-                expectations = [{"description": "", "frame": "", **e} for e in verdict["expectations"]]
-                docs = root / out / "data_docs"
-                entry = {"stage": stage, "docs": docs if (docs / "index.html").is_file() else None}
-                found.append({**verdict, **entry, "expectations": expectations})
-            except (SpringheadError, KeyError, TypeError) as error:
-                facts.notes.append(f"The verdict of {stage} cannot be read ({error}).")
-    return sorted(found, key=lambda v: branch_of(v["stage"]) != "rl")

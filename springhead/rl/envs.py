@@ -88,8 +88,10 @@ def make(task_name: str, seed: int | None = None, render_mode: str | None = None
         every other end ``terminated``.
 
     Raises:
-        BadInput: If the task is unknown.
+        BadInput: If the task is unknown, or pictures are asked of one that cannot be drawn.
     """
+    if render_mode is not None and task(task_name).family == "metadrive":
+        raise BadInput(f"task {task_name} cannot be drawn: MetaDrive needs a window; make it without render_mode")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}

@@ -104,7 +104,7 @@ def test_a_task_that_cannot_be_drawn_says_why_instead_of_a_film(experts: Path, t
     gallery.run(stage)
     entries = read_json(tmp_path / "out/gallery.json")
     assert entries["safe"]["film"] is None
-    assert entries["safe"]["why"].startswith("task easysparse cannot be drawn: MetaDrive needs a window")
+    assert entries["safe"]["why"].startswith("task easysparse cannot be drawn: there is no camera for MetaDrive")
     assert list((tmp_path / "out").glob("*.gif")) == []
 
 

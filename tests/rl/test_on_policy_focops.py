@@ -41,7 +41,7 @@ def test_the_loss_is_divergence_less_advantage_where_the_policy_is_near(shift, n
     rows = torch.arange(10, 30)  # the policy has moved at half of them
     std = batch.stds[0].numpy().astype(np.float64)
     kl = np.where(rows.numpy() < 20, (shift**2 / (2 * std**2)).sum(), 0.0)
-    assert (kl.max() <= 0.05) is near
+    assert bool(kl.max() <= 0.05) is near
     with torch.no_grad():
         log_new = learner.actor(batch.observations[rows]).log_prob(batch.actions[rows]).sum(-1).numpy()
     reward, cost = (x[rows].numpy() for x in (batch.reward_advantages, batch.cost_advantages))

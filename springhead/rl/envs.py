@@ -88,10 +88,8 @@ def make(task_name: str, seed: int | None = None, render_mode: str | None = None
         every other end ``terminated``.
 
     Raises:
-        BadInput: If the task is unknown, or pictures are asked of one that cannot be drawn.
+        BadInput: If the task is unknown, or its simulator is not installed.
     """
-    if render_mode is not None and task(task_name).family == "metadrive":
-        raise BadInput(f"task {task_name} cannot be drawn: there is no camera for MetaDrive here; make it without render_mode")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}

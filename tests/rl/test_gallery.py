@@ -14,6 +14,7 @@ from springhead.params import load
 from springhead.rl import film
 from springhead.rl.acting import ExpertConfig, ExpertPolicy, load_expert, save_expert
 from springhead.rl.envs import run_episodes
+from springhead.rl.simulators import mujoco_camera
 from springhead.rl.tasks import task
 from springhead.stage import for_test
 from stages.rl import gallery
@@ -99,12 +100,15 @@ def test_the_stage_films_the_very_episodes_it_names_twice_with_the_same_bytes(ex
 
 
 @pytest.mark.fault
-def test_a_task_that_cannot_be_drawn_says_why_instead_of_a_film(experts: Path, tmp_path: Path) -> None:
-    stage = for_test(PARAMS, tmp_path / "out", {"experts": experts}, {"task": "easysparse"}, stage="gallery")
+def test_a_task_that_cannot_be_drawn_says_why_instead_of_a_film(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mujoco_camera, "_PLATFORMS", ("nothing",))
+    stage = for_test(PARAMS, tmp_path / "out", {"experts": experts}, {"task": "SwimmerVelocity"}, stage="gallery")
     gallery.run(stage)
     entries = read_json(tmp_path / "out/gallery.json")
     assert entries["safe"]["film"] is None
-    assert entries["safe"]["why"].startswith("task easysparse cannot be drawn: there is no camera for MetaDrive")
+    assert entries["safe"]["why"].startswith("MuJoCo cannot draw here")
     assert list((tmp_path / "out").glob("*.gif")) == []
 
 

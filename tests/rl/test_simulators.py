@@ -263,27 +263,30 @@ def test_a_simulator_that_dies_is_named_and_another_starts(drive):
 
 
 def test_what_needs_a_reset_says_so(drive):
-    with pytest.raises(BadInput, match="step before reset"):
+    with pytest.raises(BadInput, match="no episode is under way; call reset first"):
         drive.unwrapped.step(np.zeros(2, dtype=np.float32))
 
 
 # -- pictures -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["BallRun", "PointGoal1", "HopperVelocity"])
+@pytest.mark.parametrize("name", ["BallRun", "PointGoal1", "HopperVelocity", "mediummean"])
 def test_an_episode_that_is_drawn_is_the_same(name):
     known = task(name)
+    if known.family == "metadrive":
+        pytest.importorskip("metadrive")
     if known.family == "safety-gymnasium":
         try:
             mujoco_camera._context(8, 8).free()
         except BadInput as error:
             pytest.skip(str(error))
-    every = 20 if known.horizon <= 100 else 250
+    every = 250 if name == "PointGoal1" else 5
     pictures, drawn = envs.record(name, Held(known.action_dim), 3, 10.0, every, num_envs=2)
     (plain,) = envs.run_episodes(name, Held(known.action_dim), [3], 10.0, num_envs=2)
     assert drawn.id == plain.id
     assert pictures.dtype == np.uint8
     assert pictures.shape == (-(-plain.length // every) + 1, 240, 320, 3)
+    assert len(pictures) >= 3
     assert (pictures.reshape(len(pictures), -1).std(axis=1) > 10).all()  # none is blank
     assert not np.array_equal(pictures[0], pictures[-1])
 

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from springhead.errors import BadInput, SpringheadError
+from springhead.rl.simulators.isolation import HEIGHT, WIDTH
 from springhead.rl.tasks import task
 
 Floats = npt.NDArray[np.float32]
@@ -56,15 +57,17 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
 
     Args:
         task_name: A task of the catalogue.
+        render_mode: ``rgb_array`` to draw pictures; nothing else differs.
 
     Raises:
         BadInput: If MetaDrive is not installed, or another version.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium declares it without ClassVar)
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  (gymnasium declares it so)
 
-    def __init__(self, task_name: str) -> None:
+    def __init__(self, task_name: str, render_mode: str | None = None) -> None:
         self.task = task(task_name)
+        self.render_mode = render_mode
         _check_version(task_name)
         self._episode: Connection | None = None
         bound = np.ones(self.task.observation_dim, dtype=np.float32)
@@ -85,7 +88,7 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
         super().reset(seed=seed, options=options)
         self.close()
         self._episode = _simulator(self.task.name).begin(int(self.np_random.integers(2**31)))
-        return self._receive().astype(np.float32), {"cost": 0.0}
+        return np.frombuffer(self._receive(), dtype=np.float64).astype(np.float32), {"cost": 0.0}
 
     def step(self, action: Floats) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
         """Takes one step of 0.1 seconds.
@@ -99,15 +102,15 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
         Raises:
             SpringheadError: If the simulator died or failed.
         """
-        if self._episode is None:
-            raise BadInput(f"task {self.task.name}: step before reset; call reset first")
         clipped = np.clip(np.asarray(action, dtype=np.float32).reshape(self.task.action_dim), -1.0, 1.0)
-        with contextlib.suppress(OSError):  # a dead simulator is reported by the attempt to receive
-            self._episode.send_bytes(clipped.tobytes())
-        reply = self._receive()
+        reply = np.frombuffer(self._ask(clipped.tobytes()), dtype=np.float64)
         sub_costs = reply[-3:]
         info = {"cost": float(sub_costs.sum()), "sub_costs": sub_costs.astype(np.float32)}
         return reply[:-5].astype(np.float32), float(reply[-5]), bool(reply[-4]), False, info
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        """Returns a picture of the road around the car from above, uint8 (240, 320, 3)."""
+        return np.frombuffer(self._ask(_PICTURE), dtype=np.uint8).reshape(HEIGHT, WIDTH, 3)
 
     def close(self) -> None:
         """Ends the episode's process."""
@@ -115,7 +118,14 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
             self._episode.close()
             self._episode = None
 
-    def _receive(self) -> npt.NDArray[np.float64]:
+    def _ask(self, message: bytes) -> bytes:
+        if self._episode is None:
+            raise BadInput(f"task {self.task.name}: no episode is under way; call reset first")
+        with contextlib.suppress(OSError):  # a dead simulator is reported by the attempt to receive
+            self._episode.send_bytes(message)
+        return self._receive()
+
+    def _receive(self) -> bytes:
         assert self._episode is not None
         try:
             message = self._episode.recv_bytes()
@@ -125,7 +135,7 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
         if message[:1] != _GOOD:
             self.close()
             raise SpringheadError(f"task {self.task.name}: the simulator failed: {message[1:].decode()}")
-        return np.frombuffer(message, dtype=np.float64, offset=1)
+        return message[1:]
 
 
 def _check_version(task_name: str) -> None:
@@ -140,7 +150,8 @@ def _check_version(task_name: str) -> None:
         raise BadInput(f"task {task_name} needs MetaDrive {_VERSION}, found {found}; pip install springhead[drive]")
 
 
-_GOOD, _BAD = b"+", b"-"
+_GOOD, _BAD = b"+", b"-"  # how a reply begins
+_PICTURE = b"picture"  # asks for one; every other message to an episode is an action
 
 
 class _Simulator:
@@ -149,7 +160,12 @@ class _Simulator:
     def __init__(self, task_name: str) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", __name__, task_name, str(theirs.fileno())]
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "SDL_VIDEODRIVER": "dummy",  # pictures are drawn without a screen
+        }
         self._process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
@@ -184,11 +200,12 @@ class _Simulator:
 
 
 _SIMULATORS: dict[str, _Simulator] = {}
-"""Simulators of this process by task: a start takes some seconds. They end when this process ends."""
+"""The simulator of this process, by its task: a start takes some seconds. It ends when this process ends."""
 
 
 def _simulator(task_name: str) -> _Simulator:
     if task_name not in _SIMULATORS or not _SIMULATORS[task_name].alive:
+        _close_all()  # one at a time: each holds half a gigabyte
         _SIMULATORS[task_name] = _Simulator(task_name)
     return _SIMULATORS[task_name]
 
@@ -238,7 +255,7 @@ def _build(task_name: str) -> Any:
 
 
 def _run_episode(env: Any, seed: int, connection: Connection) -> None:
-    """Runs one episode: sends the first observation, then the outcome of each action that arrives."""
+    """Runs one episode: sends the first observation, then the outcome of each action, or a picture."""
     from metadrive.manager.base_manager import BaseManager
 
     np.random.seed(seed)
@@ -248,7 +265,12 @@ def _run_episode(env: Any, seed: int, connection: Connection) -> None:
     observation, _ = env.reset()
     connection.send_bytes(_GOOD + observation.astype(np.float64).tobytes())
     while True:
-        action = np.frombuffer(connection.recv_bytes(), dtype=np.float32)
+        message = connection.recv_bytes()
+        if message == _PICTURE:
+            picture = env.render(mode="topdown", window=False, screen_size=(WIDTH, HEIGHT), scaling=4)
+            connection.send_bytes(_GOOD + np.ascontiguousarray(picture, dtype=np.uint8).tobytes())
+            continue
+        action = np.frombuffer(message, dtype=np.float32)
         observation, reward, _, _, info = env.step(action)
         over = info["arrive_dest"] or info["crash"] or info["out_of_road"]
         velocity = _PRICE * max(0.0, env.agent.speed_km_h - _SAFE_SPEED)

@@ -180,8 +180,9 @@ def coverage(
     bar = figure.colorbar(image, ax=[first, second], fraction=0.035, pad=0.015)
     bar.set_label("episodes in a cell", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
-    bar.ax.yaxis.set_major_formatter("{x:g}")
-    bar.ax.yaxis.set_minor_formatter("")
+    ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5) if digit * 10**power <= norm.vmax]
+    bar.set_ticks(ticks, labels=[f"{tick:,}" for tick in ticks], minor=False)
+    bar.ax.minorticks_off()
     place = np.arange(len(limits))
     for offset, (_, costs), colour, name in ((-0.2, before, _DROPPED, "collected"), (0.2, after, _COLOURS[0], "left")):
         found = [int((costs <= limit).sum()) for limit in limits]

@@ -66,7 +66,8 @@ class Params:
     save_from: float
     """Fraction of the training before which no policy is saved."""
     processes: int
-    """Worker processes that run episodes; 1 runs them in the stage's own. Changes no byte of the result."""
+    """Worker processes that run episodes, at most one per group of ``num_envs``; 1 runs them in the stage's own.
+    Changes no byte of the result."""
     algorithms: Settings
     """Hyper-parameters by algorithm, fields of its configuration in ``springhead/rl/online``; others have defaults."""
     tasks: dict[str, Schedule]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from springhead.errors import BadInput
-from springhead.rl.dataset import EPISODE_KEYS, Dataset
+from springhead.rl.dataset import Dataset
 from springhead.rl.filters import Flags, Floats, Judgement, Positions
 from springhead.rl.tasks import Task
 
@@ -110,11 +110,6 @@ class Filtered:
         }
 
 
-def array_keys(data: Dataset) -> list[str]:
-    """Names of the arrays of steps that a data set has: the seven, and the sub-costs where the task has any."""
-    return [key for key in (*EPISODE_KEYS, "sub_costs") if getattr(data, key, None) is not None]
-
-
 def take(data: Dataset, at: Positions) -> Dataset:
     """Returns the episodes at some positions, in that order, laid end to end."""
     if np.array_equal(at, np.arange(len(data))):
@@ -123,7 +118,7 @@ def take(data: Dataset, at: Positions) -> Dataset:
     ends = np.cumsum(lengths, dtype=np.int64)
     arrays = {}
     if (data.ends - data.starts == lengths[0]).all():  # one length for all: whole episodes are rows of a table
-        for key in array_keys(data):
+        for key in data.keys:
             array = getattr(data, key)
             table = array.reshape(len(data), int(lengths[0]), *array.shape[1:])
             arrays[key] = table[at].reshape(-1, *array.shape[1:])
@@ -131,7 +126,7 @@ def take(data: Dataset, at: Positions) -> Dataset:
         breaks = np.flatnonzero(np.diff(at) != 1) + 1  # neighbours are copied together
         first, last = at[np.r_[0, breaks]], at[np.r_[breaks - 1, len(at) - 1]]
         runs = list(zip(data.starts[first].tolist(), data.ends[last].tolist(), strict=True))
-        for key in array_keys(data):
+        for key in data.keys:
             array = getattr(data, key)
             arrays[key] = np.concatenate([array[a:b] for a, b in runs])
     return replace(data, **arrays, starts=ends - lengths, ends=ends)
@@ -226,7 +221,7 @@ def falsify(state: State, drawn: Judgement, claims: Sequence[tuple[int, Position
         claims: For each of those, its position and the steps at which it claims a cost of 1; elsewhere 0.
     """
     data = state.data
-    fresh = {key: getattr(data, key).copy() for key in array_keys(data) if key in ("rewards", "costs", "sub_costs")}
+    fresh = {key: getattr(data, key).copy() for key in data.keys if key in ("rewards", "costs", "sub_costs")}
     returns, costs, planted = state.returns.copy(), state.costs.copy(), state.planted.copy()
     for position, steps in claims:
         rows = slice(int(data.starts[state.at[position]]), int(data.ends[state.at[position]]))

@@ -134,7 +134,7 @@ def run(stage: Stage[Params]) -> None:
     filtered = apply(data, stage.params, of, stage.seed)
     ids = filtered.ids(rows["id"].to_pylist())
     left = filtered.dataset
-    write_dsrl(stage.out / "dataset.hdf5", left.episodes())
+    write_dsrl(stage.out / "dataset.hdf5", left.episodes(), of.sub_costs)
     write_table(stage.out / "rows.parquet", filtered_rows(rows, filtered, ids), rows.schema)
     write_decisions(stage.out / "decisions.parquet", filtered.decisions(ids))
     draw(stage.out, data, filtered, of)

@@ -14,7 +14,7 @@ from springhead import expectations
 from springhead.jsonio import write_json
 from springhead.lineage.digests import tree_digest
 from springhead.rl import drift, suite, suite_steps
-from springhead.rl.dataset import EPISODE_KEYS, read_dsrl
+from springhead.rl.dataset import read_dsrl
 from springhead.rl.tasks import task
 from springhead.stage import Stage, run_stage
 from springhead.tables import read_table
@@ -35,8 +35,7 @@ def run(stage: Stage[Params]) -> None:
     """
     of, data = task(stage.item["task"]), stage.input("filter")
     dataset = read_dsrl(data / "dataset.hdf5")
-    keys = (*EPISODE_KEYS, "sub_costs")
-    arrays = {key: getattr(dataset, key) for key in keys if getattr(dataset, key, None) is not None}
+    arrays = {key: getattr(dataset, key) for key in dataset.keys}
     rows = read_table(data / "rows.parquet")
     accepted = drift.read_accepted(drift.accepted_path(stage.root, of.name), of)
 

@@ -1,5 +1,6 @@
 """Every filter against hand-computed numbers, and the chain of them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,21 @@ def test_changed_episodes_get_new_ids_and_the_decision_names_them() -> None:
     assert not any(r["kept"] for r in falsified.values())
     # A falsified episode is what noise changed next: the chain of ids has no gap.
     assert {r["replaced_by"] for r in falsified.values()} <= {r["id"] for r in rows if r["rule"] == "noise"}
+
+
+def test_sub_costs_go_where_their_episodes_go_and_agree_with_a_lie() -> None:
+    episodes = [
+        replace(e, sub_costs=np.stack([np.zeros(e.length), e.costs], axis=1).astype(np.float32)) for e in spread(12)
+    ]
+    left = chain(episodes, 3, {"outliers": Outliers(0.1, 9)}, {"range": Ranges(cost_max=17.0)}, {"noise": Noise(0.1)})
+    made = left.dataset
+    assert made.sub_costs is not None
+    np.testing.assert_array_equal(made.sub_costs.max(axis=1), made.costs)
+    lies = made.sub_costs[:, 0].sum()  # the first constraint costs something in the falsified episode alone
+    changed = [n for n, source in enumerate(left.sources) if made.cost_returns[n] != episodes[source].cost_return]
+    assert lies == made.cost_returns[changed].sum() > 0
+    assert left.left(left.ids()).tolist() == [e.id for e in made.episodes()]
+    assert all(e.sub_costs is not None and e.sub_costs[:, 0].sum() == 0 for e in episodes)  # the input keeps its own
 
 
 def test_ids_of_untouched_episodes_are_the_given_ones() -> None:

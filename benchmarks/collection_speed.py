@@ -11,7 +11,7 @@ processes, warm, and asked in turns for the same number of whole episodes.
 |---|---|
 | ours | ``springhead.rl.workers``: groups of ten episodes, the policy inside the worker, episodes back in the parent |
 | FSRL | ``FastCollector`` into its replay buffer, with the vector environment and size that is the fastest here |
-| env.step | the simulator package's own gymnasium environment, in as many processes, nothing kept; our policy's actions |
+| env.step | the simulator package's own gymnasium environment, in as many processes, nothing kept, our actions |
 | our env.step | the same loop over ``gymnasium.make("springhead/...")``, from the same seeds: the very same episodes |
 """
 

@@ -5,6 +5,7 @@ benchmark starts it with the interpreter of its environment (:data:`OURS`, :data
 the others. Nothing is imported here beyond the standard library, so that it runs in both environments.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -28,7 +29,8 @@ def family(process: int) -> list[int]:
     found = [process]
     for parent in found:
         for thread in Path(f"/proc/{parent}/task").iterdir():
-            found += [int(child) for child in (thread / "children").read_text().split()]
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                found += [int(child) for child in (thread / "children").read_text().split()]
     return found
 
 

@@ -77,7 +77,7 @@ class Settings:
     def __post_init__(self) -> None:
         rules = [step.rule for step in self.steps]
         for before, after in pairwise(rules):
-            again = before == after and after not in ("inpaint", "range")
+            again = before == after != "inpaint"
             if self.released and (again or ORDER.index(before) > ORDER.index(after)):
                 raise ValueError(
                     f"steps: the released code cannot run {after} after {before}; its order is {', '.join(ORDER)}, "

@@ -11,6 +11,7 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 
 from springhead.errors import BadInput
+from springhead.rl import minari_file
 from springhead.rl.dataset import About, Dataset, iter_minari, read_minari, write_minari
 from springhead.rl.envs import env_name
 from springhead.rl.tasks import task
@@ -155,4 +156,45 @@ def test_what_is_no_vector_is_refused(root):
         del stored["episode_0/observations"]
         stored["episode_0/observations"] = np.zeros((21, 4, 2), np.float32)
     with pytest.raises(BadInput, match="episode 0: observations are not vectors"):
+        read_minari(root / NAME)
+
+
+def equal(a, b):
+    keys = [field.name for field in dataclasses.fields(Dataset)]
+    for one, two in ((getattr(a, key), getattr(b, key)) for key in keys):
+        if one is None or two is None:
+            assert one is two
+        else:
+            assert one.dtype == two.dtype
+            np.testing.assert_array_equal(one, two)
+
+
+def test_reading_at_once_gives_what_reading_episode_by_episode_gives(root, tmp_path, episodes, monkeypatch):
+    several = [
+        dataclasses.replace(episode, sub_costs=np.arange(2.0 * episode.length, dtype=np.float32).reshape(-1, 2))
+        for episode in [*episodes, make_episode(1, 2), make_episode(12, 3, terminal=True)]
+    ]
+    write_minari(tmp_path / "several", "springhead/BallRun-v0", several, task("BallRun"))
+    folder, names = tmp_path / "several/springhead/BallRun-v0", task("BallRun").sub_costs
+    for cost, sub_costs in (("cost", names), ("cost", ()), (None, ()), (None, names)):
+        at_once = minari_file._read_at_once(folder, cost, sub_costs)
+        equal(at_once, Dataset.of(list(iter_minari(folder, cost, sub_costs))))
+    theirs(tmp_path, episodes, monkeypatch)
+    equal(minari_file._read_at_once(tmp_path / "theirs" / NAME, "cost", ()), Dataset.of(episodes))
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "kind", "total"])
+def test_what_surprises_reading_at_once_is_left_to_the_other(root, change):
+    with h5py.File(root / NAME / "data/main_data.hdf5", "r+") as file:
+        group = file["episode_1"]
+        if change == "total":
+            del file["episode_1"]
+        elif change == "missing":
+            del group["infos/cost"]
+        else:
+            old = group["rewards"][()]
+            del group["rewards"]
+            group["rewards"] = old[:-1] if change == "shape" else np.array([b"x"] * len(old))
+    assert minari_file._read_at_once(root / NAME, "cost", ()) is None
+    with pytest.raises(BadInput, match="episode 1"):
         read_minari(root / NAME)

@@ -128,9 +128,11 @@ def test_the_deterministic_policy_descends_its_critics(multiplier):
 
 
 def test_exploration_noise_has_the_deviation_asked_for():
-    trained = learner("ddpg-lag", exploration=0.3)
-    _, std = trained.policy().mean_and_std(np.zeros((2, 7), np.float32))
-    np.testing.assert_allclose(std, 0.3, rtol=1e-5)
+    trained = learner("ddpg-lag", exploration=0.3, exploration_start=0.9, exploration_until=0.5, iterations=10)
+    for iteration, expected in ((0, 0.9), (2, 0.66), (5, 0.3), (10, 0.3)):
+        trained.iteration = iteration
+        _, std = trained.policy().mean_and_std(np.zeros((2, 7), np.float32))
+        np.testing.assert_allclose(std, expected, rtol=1e-5)
     with pytest.raises(BadInput, match="exploration"):
         learner("ddpg-lag", exploration=0.0)
 

@@ -12,6 +12,8 @@ Deviations, each on purpose, beside those of ``off_policy.py`` (of which 1 is vo
 1. Exploration noise is independent from step to step and Gaussian, as in FSRL; the paper's is an
    Ornstein-Uhlenbeck process.
 2. n-step targets, as in FSRL; the paper's are of one step.
+3. The noise may begin wider and narrow down (``exploration_start``). From its first gradient steps on little-explored
+   data the policy of a robot with many joints often saturates, and with a narrow noise it never learns otherwise.
 
 ``released`` brings back FSRL's raw observations; nothing else differs.
 """
@@ -26,8 +28,8 @@ from typing import Any, ClassVar
 import torch
 
 from springhead.errors import BadInput
-from springhead.rl.acting import Head
-from springhead.rl.online.lagrangian import PIDLagrangian
+from springhead.rl.acting import ExpertPolicy, Head
+from springhead.rl.online.lagrangian import PIDLagrangian, ramp
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
 from springhead.rl.workers import EpisodeWorkers
@@ -39,20 +41,27 @@ class DDPGLagConfig(OffPolicyConfig):
 
     Attributes:
         exploration: Deviation of the noise added to actions while collecting, e^-5 to e^2; saved with the policy.
+        exploration_start: The same at the beginning; it moves to ``exploration`` linearly.
+        exploration_until: Fraction of the training at which it arrives.
         pid_kp: Gain of the multiplier on the cost excess.
         pid_ki: Gain on its integral.
         pid_kd: Gain on its rise.
     """
 
     exploration: float = 0.1
+    exploration_start: float = 0.1
+    exploration_until: float = 0.2
     pid_kp: float = 0.05
     pid_ki: float = 0.0005
     pid_kd: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.exp(-5.0) <= self.exploration <= math.exp(2.0):
-            raise BadInput(f"exploration is {self.exploration}; use a deviation between 0.0068 and 7.3")
+        for name in ("exploration", "exploration_start"):
+            if not math.exp(-5.0) <= getattr(self, name) <= math.exp(2.0):
+                raise BadInput(f"{name} is {getattr(self, name)}; use a deviation between 0.0068 and 7.3")
+        if not 0 <= self.exploration_until <= 1:
+            raise BadInput(f"exploration_until is {self.exploration_until}; use a fraction between 0 and 1")
 
 
 class DDPGLag(OffPolicy):
@@ -68,10 +77,17 @@ class DDPGLag(OffPolicy):
     def __init__(self, config: DDPGLagConfig, workers: EpisodeWorkers) -> None:
         super().__init__(config, workers)
         assert self.actor.log_std is not None
-        self.actor.log_std.requires_grad_(False).fill_(math.log(config.exploration))
+        self.log_std = self.actor.log_std.requires_grad_(False)  # not learned
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.targets["actor"] = self.target_actor
         self.lagrangian = PIDLagrangian(config.pid_kp, config.pid_ki, config.pid_kd)
+
+    def policy(self) -> ExpertPolicy:
+        """The present policy; sampled, it explores as far as it shall at this iteration."""
+        config, done = self.config, self.iteration / self.config.iterations
+        deviation = ramp(config.exploration_start, config.exploration, 0.0, config.exploration_until, done)
+        self.log_std.fill_(math.log(deviation))
+        return super().policy()
 
     def update_multiplier(self, cost_return: float, limit: float) -> None:
         """One PID step."""

@@ -228,6 +228,24 @@ def test_driving_costs_are_collision_velocity_and_proximity(drive):
     assert max(speeds) > 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"{road}{traffic}" for road in driving._ROADS for traffic in driving._TRAFFIC])
+def test_a_long_drive_is_a_function_of_its_seed(name):
+    """Random actions soon leave the road; these stay on it until the first turn, among other cars."""
+    pytest.importorskip("metadrive")
+    generator = np.random.default_rng(0)
+    actions = np.column_stack([generator.uniform(-0.05, 0.05, 400), generator.uniform(0.0, 0.6, 400)])
+    env, other = envs.make(name), envs.make(name)
+    trace = episode(env, 7, actions)
+    assert len(trace) > 90 * 263
+    episode(env, 8, actions[:60])
+    np.testing.assert_array_equal(episode(env, 7, actions), trace)
+    np.testing.assert_array_equal(episode(other, 7, actions), trace)
+    assert not np.array_equal(episode(other, 9, actions), trace)
+    for made in (env, other):
+        made.close()
+
+
 def test_several_drives_run_side_by_side(drive):
     """The simulator itself can hold one; here one step of each in turn changes neither."""
     actions = [np.float32([0.0, 0.5])] * 60

@@ -5,8 +5,10 @@ only with exactly those bytes, wherever it came from.
 """
 
 import os
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 
 from springhead.errors import BadInput
 from springhead.home import home, repository
-from springhead.lineage.digests import file_digest
+from springhead.lineage.digests import tree_digest
 
 CATALOGUE = "data/sources.yaml"
 _TIMEOUT = 60.0  # seconds
@@ -23,7 +25,7 @@ _TIMEOUT = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Source:
-    """One public file: where it comes from and which bytes are meant."""
+    """One public file or folder: where it comes from and which bytes are meant (a folder by its tree digest)."""
 
     name: str
     path: str
@@ -71,18 +73,26 @@ def obtain(name: str, root: Path | None = None) -> Path:
     known = sources(root)
     if name not in known:
         raise BadInput(f"{CATALOGUE}: no source '{name}'; it has {', '.join(sorted(known))}")
-    source = known[name]
+    return fetch(known[name], root)
+
+
+def fetch(source: Source, root: Path | None = None) -> Path:
+    """Returns a local path to a file or folder that is described rather than named; see :func:`obtain`.
+
+    Raises:
+        BadInput: if it cannot be had, or its bytes are others.
+    """
     if source.package is not None:
         return _checked(source, _in_package(source))
     stored = home(root) / "sources" / source.path
     mirror = os.environ.get("SPRINGHEAD_SOURCES")
     for path in (Path(mirror) / source.path if mirror else None, stored):
-        if path is not None and path.is_file():
+        if path is not None and path.exists():
             return _checked(source, path)
     if source.url is None:
         raise BadInput(
-            f"source '{name}' is missing: take {source.path} from {source.origin} ({source.licence}) and put it in "
-            f"{stored.parent}, or set SPRINGHEAD_SOURCES to a folder that holds {source.path}"
+            f"source '{source.name}' is missing: take {source.path} from {source.origin} ({source.licence}) and put it "
+            f"in {stored.parent}, or set SPRINGHEAD_SOURCES to a folder that holds {source.path}"
         )
     _download(source, stored)
     return stored
@@ -100,9 +110,9 @@ def _in_package(source: Source) -> Path:
 
 
 def _checked(source: Source, path: Path) -> Path:
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(f"source '{source.name}': {path} is missing; run `make install` or fetch it again")
-    digest = file_digest(path)
+    digest = tree_digest(path)
     if digest != source.sha256:
         raise BadInput(f"source '{source.name}': {path} has sha256 {digest}, wanted {source.sha256}; replace it")
     return path
@@ -123,3 +133,19 @@ def _download(source: Source, target: Path) -> None:
         raise BadInput(f"source '{source.name}': {source.url} cannot be fetched ({error}); try again later") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the sha256 of files and folders as sources name them: ``python -m springhead.sources PATH ...``."""
+    paths = sys.argv[1:] if arguments is None else arguments
+    if not paths:
+        raise SystemExit("usage: python -m springhead.sources PATH ...")
+    for path in paths:
+        try:
+            print(f"{tree_digest(path)}  {path}")
+        except BadInput as error:
+            raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

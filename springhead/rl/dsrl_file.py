@@ -110,7 +110,7 @@ def _blocks(episodes: Iterable[Episode], keys: Sequence[str]) -> Iterator[dict[s
         yield joined(rows)
 
 
-def read_dsrl(path: Path) -> Dataset:
+def read_dsrl(path: Path, cut_tail: bool = False) -> Dataset:
     """Reads a whole DSRL HDF5 file, ours or a published one, with all cores.
 
     Structure is checked here (keys, shapes, numbers of rows, whole episodes, checksums); values are the business of
@@ -118,6 +118,7 @@ def read_dsrl(path: Path) -> Dataset:
 
     Args:
         path: The file.
+        cut_tail: Leave out the steps after the last end flag, which is what other readers of such files do unasked.
 
     Returns:
         The data set.
@@ -136,7 +137,11 @@ def read_dsrl(path: Path) -> Dataset:
     arrays = {key: _flat(key, array) for key, array in found.items()}
     ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"]).astype(np.int64) + 1
     steps = len(arrays["rewards"])
-    _check_end(path, int(ends[-1]) if len(ends) else 0, steps)
+    last = int(ends[-1]) if len(ends) else 0
+    if cut_tail and last:
+        arrays = {key: array[:last] for key, array in arrays.items()}
+    else:
+        _check_end(path, last, steps)
     starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
     return Dataset(**arrays, starts=starts, ends=ends)
 

@@ -1,14 +1,17 @@
-"""Collects one task's data set: episodes of every saved expert, so that returns and costs spread over the plane.
+"""Collects one task's data set: episodes of every saved expert, and what was imported for the task.
 
-Every policy acts for the same number of episodes, most of them with sampled actions (spread around the policy) and
-some by its mean (what it would do at its best). Writes DSRL's flat HDF5, the same episodes as a Minari data set, and
-the row table that ties each episode to its policy.
+Every policy acts for the same number of episodes (times its weight), most of them with sampled actions (spread
+around the policy) and some by its mean (what it would do at its best). Writes DSRL's flat HDF5, the same episodes as
+a Minari data set, the row table that ties each episode to its policy or to the file it was imported from, and, where
+episodes are rejected or thinned, the decisions table. Killed at any instant and started again, it ends with the same
+bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,15 @@ import pyarrow as pa
 from springhead.errors import BadInput
 from springhead.jsonio import read_json
 from springhead.lineage.digests import tree_digest
-from springhead.rl.dataset import Episode, write_dsrl, write_minari
-from springhead.rl.envs import run_episodes
-from springhead.rl.networks import load_expert
+from springhead.rl.collection import Buffer, facts_of, make_plan, roll_out, select, stream
+from springhead.rl.dsrl_file import iter_episodes, write_stream
+from springhead.rl.episodes import EPISODE_KEYS, SUB_COSTS, Episode
+from springhead.rl.facts import Fact, bare, sums, write_rows
+from springhead.rl.minari_file import About, write_minari
+from springhead.rl.shards import Shards
 from springhead.rl.tasks import Task, task
 from springhead.stage import Stage, run_stage
-from springhead.tables import write_table
+from springhead.tables import read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -36,108 +42,75 @@ class Params:
     """Episodes per policy with its mean actions."""
     num_envs: int
     """Environments stepped together."""
+    processes: int = 1
+    """Worker processes; the bytes do not depend on them."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Factors on the episodes of a policy, by its name or its algorithm; 0 leaves it out."""
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    """By task, which episodes are kept; a task that is not named keeps all."""
+    about: About = field(default_factory=About)
+    """What the Minari data set says of its authors and code; its algorithms are those that acted."""
 
     def __post_init__(self) -> None:
         if min(self.sampled_episodes, self.mean_episodes) < 0 or self.sampled_episodes + self.mean_episodes < 1:
             raise ValueError("sampled_episodes and mean_episodes must not be negative, and not both 0")
-        if self.num_envs < 1:
-            raise ValueError("num_envs must be at least 1")
+        if self.num_envs < 1 or self.processes < 0:
+            raise ValueError("num_envs must be at least 1 and processes at least 0")
+        if any(weight < 0 for weight in self.weights.values()):
+            raise ValueError("weights must not be negative; 0 leaves a policy out")
 
 
-ROWS = pa.schema(
+DECISIONS = pa.schema(
     [
         ("id", pa.string()),
-        ("parents", pa.list_(pa.string())),
-        ("policy", pa.string()),
-        ("algorithm", pa.string()),
-        ("cost_limit", pa.float64()),
-        ("seed", pa.int64()),
-        ("deterministic", pa.bool_()),
-        ("episode_return", pa.float64()),
-        ("cost_return", pa.float64()),
-        ("length", pa.int64()),
-        ("index", pa.int64()),
+        ("rule", pa.string()),
+        ("kept", pa.bool_()),
+        ("value", pa.float64()),
+        ("threshold", pa.float64()),
+        ("replaced_by", pa.string()),
     ]
 )
-"""The row table: one row per episode; ``seed`` is its reset seed, ``index`` its position in the HDF5 file."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """An episode and where it came from."""
-
-    episode: Episode
-    expert: Mapping[str, Any]
-    seed: int
-    deterministic: bool
+"""The decisions table, as the filter stage's; nothing is replaced here."""
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
     """Reads the experts' index and checks every policy against its digest.
 
     Raises:
-        BadInput: If there is no policy, or a policy's files are not those that were saved.
+        BadInput: If a policy's files are not those that were saved.
     """
     index: list[dict[str, Any]] = read_json(folder / "index.json")
-    if not index:
-        raise BadInput(f"{folder / 'index.json'}: names no policies; run the experts stage again")
     for expert in index:
         if tree_digest(folder / expert["name"]) != expert["digest"]:
             raise BadInput(f"{folder / expert['name']}: not the policy that was saved (digest differs); `dvc checkout`")
     return index
 
 
-def roll_out(of: Task, folder: Path, expert: Mapping[str, Any], params: Params, seeds: list[int]) -> list[Row]:
-    """All episodes of one policy: first the sampled ones, then those by its mean.
-
-    Args:
-        of: The task.
-        folder: The policy's folder.
-        expert: Its entry in the index.
-        params: How many episodes of each kind.
-        seeds: One reset seed per episode; a sampled episode also draws its actions from it.
-    """
-    rows: list[Row] = []
-    sampled, by_mean = seeds[: params.sampled_episodes], seeds[params.sampled_episodes :]
-    for start in range(0, len(sampled), params.num_envs):
-        batch = sampled[start : start + params.num_envs]
-        policy = load_expert(folder, episode_seeds=batch)
-        episodes = run_episodes(of.name, policy, batch, float(expert["cost_limit"]), params.num_envs)
-        rows += [Row(episode, expert, seed, False) for episode, seed in zip(episodes, batch, strict=True)]
-    episodes = run_episodes(of.name, load_expert(folder), by_mean, float(expert["cost_limit"]), params.num_envs)
-    rows += [Row(episode, expert, seed, True) for episode, seed in zip(episodes, by_mean, strict=True)]
-    return rows
+def read_imported(folder: Path, drop_sub_costs: bool) -> list[Fact]:
+    """The facts of the imported episodes, in the order of their file."""
+    facts = []
+    rows = read_table(folder / "rows.parquet").to_pylist()
+    columns = ("policy", "algorithm", "cost_limit", "seed", "deterministic", "source")
+    for row, episode in zip(rows, iter_episodes(folder / "dataset.hdf5"), strict=True):
+        if row["id"] != episode.id:
+            raise BadInput(f"{folder}: rows.parquet and dataset.hdf5 name different episodes; import them again")
+        known = sums(bare(episode) if drop_sub_costs else episode)
+        facts.append(Fact(group=-1, place=row["index"], **{key: row[key] for key in columns}, **known))
+    return facts
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes the row table; an episode has no parent rows, what it came from is its policy."""
-    episodes = [row.episode for row in rows]
-    write_table(
-        path,
-        {
-            "id": [episode.id for episode in episodes],
-            "parents": [[] for _ in rows],
-            "policy": [row.expert["digest"] for row in rows],
-            "algorithm": [row.expert["algorithm"] for row in rows],
-            "cost_limit": [float(row.expert["cost_limit"]) for row in rows],
-            "seed": [row.seed for row in rows],
-            "deterministic": [row.deterministic for row in rows],
-            "episode_return": [episode.episode_return for episode in episodes],
-            "cost_return": [episode.cost_return for episode in episodes],
-            "length": [episode.length for episode in episodes],
-            "index": list(range(len(rows))),
-        },
-        ROWS,
-    )
+def write_decisions(path: Path, decisions: Mapping[str, list[Any]]) -> None:
+    """Writes the decisions table."""
+    write_table(path, {**decisions, "replaced_by": [None] * len(decisions["id"])}, DECISIONS)
 
 
-def coverage(episodes: list[Episode], of: Task) -> dict[str, Any]:
+def coverage(facts: Sequence[Fact], of: Task) -> dict[str, Any]:
     """How the episodes spread: overall ranges, and for each limit how many keep it and the best return of those."""
-    returns = np.array([episode.episode_return for episode in episodes])
-    costs = np.array([episode.cost_return for episode in episodes])
+    returns = np.array([fact.episode_return for fact in facts])
+    costs = np.array([fact.cost_return for fact in facts])
     figures: dict[str, Any] = {
-        "episodes": len(episodes),
-        "steps": int(sum(episode.length for episode in episodes)),
+        "episodes": len(facts),
+        "steps": sum(fact.length for fact in facts),
         "lowest_return": float(returns.min()),
         "highest_return": float(returns.max()),
         "lowest_cost": float(costs.min()),
@@ -150,33 +123,71 @@ def coverage(episodes: list[Episode], of: Task) -> dict[str, Any]:
     return figures
 
 
+def collect(stage: Stage[Params], of: Task, shards: Shards, drop_sub_costs: bool) -> list[Fact]:
+    """Rolls the experts out, as far as it is not done yet; returns the facts of all episodes in order."""
+    params, experts = stage.params, stage.input("experts")
+    index = read_index(experts)
+    plans = make_plan(index, params.sampled_episodes, params.mean_episodes, params.weights, params.num_envs, stage.seed)
+    facts: dict[int, list[Fact]] = {}
+    with stage.progress(sum(len(plan.seeds) for plan in plans), stage.name, "episodes") as bar:
+
+        def finished(number: int, episodes: list[Episode]) -> None:
+            chosen = [bare(episode) for episode in episodes] if drop_sub_costs else episodes
+            facts[number] = facts_of(number, plans[number], chosen)
+            bar.advance(len(episodes))
+
+        roll_out(of.name, plans, experts, shards, params.num_envs, params.processes, finished)
+    return [fact for number in range(len(plans)) for fact in facts[number]]
+
+
 def run(stage: Stage[Params]) -> None:
     """Collects the task's episodes and writes them in both formats."""
     of = task(stage.item["task"])
-    experts = stage.input("experts")
-    index = read_index(experts)
-    each = stage.params.sampled_episodes + stage.params.mean_episodes
-    rows: list[Row] = []
-    with stage.progress(len(index) * each, stage.name, "episodes") as bar:
-        for number, expert in enumerate(index):
-            seeds = [int(seed) for seed in np.random.default_rng([stage.seed, number]).integers(2**31, size=each)]
-            rows += roll_out(of, experts / expert["name"], expert, stage.params, seeds)
-            bar.advance(each)
-    rows = unique(rows)
-    episodes = [row.episode for row in rows]
-    write_dsrl(stage.out / "dataset.hdf5", episodes)
-    write_minari(stage.out / "minari", f"springhead/{of.name}-v0", episodes, of)
-    write_rows(stage.out / "rows.parquet", rows)
-    stage.dataset(stage.out / "dataset.hdf5", f"{of.name} episodes", len(rows), role="output")
-    stage.metrics(coverage(episodes, of))
+    imported = next((path for folder in stage.inputs("imports") if (path := folder / "dataset.hdf5").exists()), None)
+    # A data set has sub-costs for all episodes or for none, and imported files rarely have them.
+    drop = imported is not None and bool(of.sub_costs) and next(iter_episodes(imported)).sub_costs is None
+    shards = Shards(stage.scratch / "shards", lambda line: print(f"{stage.name}: {line}", file=sys.stderr))
+    facts = collect(stage, of, shards, drop)
+    if imported is not None:
+        facts += read_imported(imported.parent, drop)
+    if not facts:
+        raise BadInput(
+            f"{stage.name}: no experts and nothing imported, so there is nothing to collect; set rl.experts.runs or "
+            f"rl.imports.sources for {of.name}"
+        )
+    buffer = stage.params.buffers.get(of.name, Buffer())
+    selection = select(facts, buffer, stage.seed)
+    write(stage, of, selection.kept, shards, imported, drop)
+    if buffer != Buffer():
+        write_decisions(stage.out / "decisions.parquet", selection.decisions)
+    kept = selection.kept
+    stage.dataset(stage.out / "dataset.hdf5", f"{of.name} episodes", len(kept), role="output")
+    dropped = len(facts) - selection.duplicates - len(kept)
+    stage.metrics({**coverage(kept, of), "duplicates": selection.duplicates, "rejected": dropped})
 
 
-def unique(rows: list[Row]) -> list[Row]:
-    """Drops an episode whose very bytes are there already: ids are content digests and must be unique."""
-    seen: dict[str, Row] = {}
-    for row in rows:
-        seen.setdefault(row.episode.id, row)
-    return list(seen.values())
+def write(
+    stage: Stage[Params], of: Task, kept: Sequence[Fact], shards: Shards, imported: Path | None, drop: bool
+) -> None:
+    """Writes the kept episodes in both formats, and their row table. One group is held at a time."""
+    with_parts = bool(of.sub_costs) and not drop
+    keys = (*EPISODE_KEYS, SUB_COSTS) if with_parts else EPISODE_KEYS
+    steps = sum(fact.length for fact in kept)
+    path = stage.out / "dataset.hdf5"
+    write_stream(path, stream(kept, shards, imported, drop), steps, keys, of.sub_costs if with_parts else ())
+    about = stage.params.about
+    algorithms = tuple(dict.fromkeys(fact.algorithm for fact in kept))
+    about = About(about.author, about.author_email, about.code_permalink, algorithms)
+    named = ("seed", "policy", "algorithm", "cost_limit", "deterministic", "source")
+    write_minari(
+        stage.out / "minari",
+        f"springhead/{of.name}-v0",
+        stream(kept, shards, imported, drop),
+        of,
+        about,
+        [{name: getattr(fact, name) for name in named} for fact in kept],
+    )
+    write_rows(stage.out / "rows.parquet", kept)
 
 
 def main() -> None:

@@ -104,8 +104,11 @@ def models(folders: Sequence[Path], root: Path, of: Task) -> list[Entrant]:
 
 
 def references(experts: Path, root: Path, of: Task) -> list[Entrant]:
-    """The random policy, the worst expert, and for each limit the best expert."""
-    worst, best = expert_extremes(read_json(experts / "index.json"), of.limits)
+    """The random policy, the worst expert, and for each limit the best expert; no experts where all is imported."""
+    index = read_json(experts / "index.json")
+    if not index:
+        return [Entrant("random", None, None, "random", None, of.limits)]
+    worst, best = expert_extremes(index, of.limits)
 
     def expert(role: str, name: str, limits: tuple[float, ...]) -> Entrant:
         path = experts / name

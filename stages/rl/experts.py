@@ -60,7 +60,7 @@ class Params:
     """Parameters of ``rl.experts``."""
 
     runs: dict[str, int]
-    """Independent training runs per task, by algorithm."""
+    """Independent training runs per task, by algorithm. None at all gives an empty index: all data is imported."""
     policies: int
     """Policies saved per run, evenly over the iterations after ``save_from``; the last iteration is one of them."""
     save_from: float
@@ -79,8 +79,6 @@ class Params:
             raise ValueError(f"unknown algorithm {unknown[0]!r}; known: {', '.join(ALGORITHMS)}")
         if min(self.policies, self.processes) < 1 or min(self.runs.values(), default=0) < 0:
             raise ValueError("policies and processes must be at least 1, and runs not negative")
-        if not any(self.runs.values()):
-            raise ValueError("runs asks for no run at all; give one algorithm at least 1")
         if not 0 <= self.save_from < 1:
             raise ValueError(f"save_from {self.save_from} must lie in [0, 1)")
 
@@ -228,6 +226,8 @@ def figures_of(entries: list[dict[str, Any]], histories: list[tuple[Run, list[Fi
             "final_cost": float(np.mean([history[-1].cost_return for history in of])),
         }
 
+    if not histories:
+        return {"policies": 0, "env_steps": 0}
     metrics: dict[str, Any] = {
         "policies": len(entries),
         "env_steps": sum(history[-1].env_steps for _, history in histories),

@@ -7,6 +7,8 @@ against the data), one row per cost limit, and one row for the whole data set.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -20,7 +22,7 @@ from springhead.rl.tasks import Task
 from springhead.verdicts import ROW, Check, Frame
 
 SUITE = "rl-dataset"
-ROW_COLUMNS = ("id", "policy", "episode_return", "cost_return", "length", "index")
+ROW_COLUMNS = ("id", "policy", "source", "episode_return", "cost_return", "sub_cost_returns", "length", "index")
 _FLAGS = ("terminals", "timeouts")
 _RETURN_TOLERANCE = 1e-5  # relative; sums of float32 rewards in another order
 
@@ -129,12 +131,23 @@ def episode_table(
     for name in ("episode_return", "cost_return"):
         measured = joined[f"{name}_of_data"]
         joined[f"{name}_error"] = (joined[name] - measured).abs() / measured.abs().clip(lower=1.0)
+    listed_parts = joined.pop("sub_cost_returns")
+    pairs = zip(both, listed_parts, joined.pop("sub_cost_returns_of_data"), strict=True)
+    joined["sub_cost_returns_error"] = [_largest_error(a, b) if known else 0.0 for known, a, b in pairs]
     joined["ends"] = joined["ends"].astype("boolean").fillna(True).astype(bool)
     early = joined["found"] & joined["ends"] & (joined["last_terminal"] != 1) & (joined["length"] < task.horizon)
     joined["full_length"] = ~early
     joined["length_excess"] = (joined["length"] - task.horizon).clip(lower=0)
     joined.insert(0, ROW, np.arange(len(joined)))
     return joined.drop(columns="_merge")
+
+
+def _largest_error(listed: Sequence[float] | None, measured: npt.NDArray[np.float64]) -> float:
+    """Largest relative error of listed sums; infinite where their number differs."""
+    found = np.asarray([] if listed is None else listed, dtype=np.float64)
+    if found.shape != measured.shape:
+        return float("inf")
+    return float((np.abs(found - measured) / np.maximum(np.abs(measured), 1.0)).max(initial=0.0))
 
 
 def _measure(arrays: Arrays, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> pd.DataFrame:
@@ -144,6 +157,7 @@ def _measure(arrays: Arrays, starts: npt.NDArray[np.int64], stops: npt.NDArray[n
     pieces = list(zip(starts, stops, strict=True))
     whole = {key: np.asarray(array) for key, array in arrays.items()}
     digests = [arrays_digest({key: array[a:b] for key, array in whole.items()}) for a, b in pieces]
+    parts = whole.get("sub_costs", np.empty((len(terminals), 0)))
     last = stops - 1
     return pd.DataFrame(
         {
@@ -154,6 +168,7 @@ def _measure(arrays: Arrays, starts: npt.NDArray[np.int64], stops: npt.NDArray[n
             "last_terminal": terminals[last].astype(float),
             "episode_return_of_data": [float(arrays["rewards"][a:b].sum(dtype=np.float64)) for a, b in pieces],
             "cost_return_of_data": [float(arrays["costs"][a:b].sum(dtype=np.float64)) for a, b in pieces],
+            "sub_cost_returns_of_data": pd.Series([parts[a:b].sum(axis=0, dtype=np.float64) for a, b in pieces]),
         }
     )
 
@@ -179,10 +194,17 @@ def episode_frame(table: pd.DataFrame, settings: Settings) -> Frame:
         Check("ExpectTimeoutsAtHorizon", "true", "full_length", "an episode that is not terminal has the full length"),
         Check("ExpectListedReturns", "between", "episode_return_error", "listed returns are those of the data", close),
         Check("ExpectListedCosts", "between", "cost_return_error", "listed cost returns are those of the data", close),
+        Check(
+            "ExpectListedSubCosts",
+            "between",
+            "sub_cost_returns_error",
+            "listed sub-cost returns are those of the data",
+            close,
+        ),
         Check("ExpectPolicyDigests", "matches", "policy", "a policy is named by its digest", {"regex": _DIGEST}),
-        Check("ExpectPoliciesNamed", "true", "policy_named", "every listed episode names its policy"),
+        Check("ExpectPoliciesNamed", "true", "policy_named", "every listed episode names its policy or its source"),
     )
-    table = table.assign(policy_named=table["policy"].notna() | ~table["listed"])
+    table = table.assign(policy_named=table["policy"].notna() | table["source"].notna() | ~table["listed"])
     ids = table["id"].where(table["listed"], table["content_id"]).to_numpy(dtype=object)
     return Frame("episodes", "episode", table, checks, ids, ("index",))
 

@@ -67,6 +67,7 @@ def filtered_rows(rows: pa.Table, filtered: Filtered, ids: npt.NDArray[np.object
         columns["id"][number] = left[number]
         columns["episode_return"][number] = episode.episode_return
         columns["cost_return"][number] = episode.cost_return
+        columns["sub_cost_returns"][number] = episode.sub_cost_returns
         columns["length"][number] = episode.length
     columns["index"] = list(range(len(left)))
     return columns

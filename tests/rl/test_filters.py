@@ -339,7 +339,8 @@ def collected(folder: Path, episodes: list) -> Path:
     n = len(episodes)
     columns = {
         "id": [e.id for e in episodes], "parents": [[]] * n, "policy": ["p"] * n, "algorithm": ["ppo-lag"] * n,
-        "cost_limit": [10.0] * n, "seed": list(range(n)), "deterministic": [False] * n,
+        "cost_limit": [10.0] * n, "seed": list(range(n)), "deterministic": [False] * n, "source": [None] * n,
+        "sub_cost_returns": [e.sub_cost_returns for e in episodes],
         "episode_return": [e.episode_return for e in episodes], "cost_return": [e.cost_return for e in episodes],
         "length": [e.length for e in episodes], "index": list(range(n)),
     }  # fmt: skip

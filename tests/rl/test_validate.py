@@ -38,8 +38,10 @@ ROWS = pa.schema(
     [
         ("id", pa.string()),
         ("policy", pa.string()),
+        ("source", pa.string()),
         ("episode_return", pa.float64()),
         ("cost_return", pa.float64()),
+        ("sub_cost_returns", pa.list_(pa.float64())),
         ("length", pa.int32()),
         ("index", pa.int32()),
     ]
@@ -65,8 +67,10 @@ def arrays(seed: int, length: int = TASK.horizon, costs: int = 0) -> dict[str, n
 
 def row(index: int, episode: Episode) -> dict[str, Any]:
     """The row-table entry of an episode."""
-    returns = {"episode_return": episode.episode_return, "cost_return": episode.cost_return}
-    return {"id": episode.id, "policy": "a" * 64, **returns, "length": episode.length, "index": index}
+    returns: dict[str, Any] = {"episode_return": episode.episode_return, "cost_return": episode.cost_return}
+    returns["sub_cost_returns"] = episode.sub_cost_returns
+    known = {"id": episode.id, "policy": "a" * 64, "source": None}
+    return {**known, **returns, "length": episode.length, "index": index}
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -126,6 +130,8 @@ FAULTS: dict[str, tuple[Any, Any, set[str]]] = {
     "no such episode": (None, {"index": 900}, {"ExpectEpisodesFound"}),
     "twice (first)": (None, None, {"ExpectEpisodeIdsUnique"}),
     "twice (second)": (lambda data: data.update(arrays(120)), None, {"ExpectEpisodeIdsUnique"}),
+    "imported": (None, {"policy": None, "source": "f" * 64}, set()),
+    "sub-costs that are not there": (None, {"sub_cost_returns": [1.0]}, {"ExpectListedSubCosts"}),
     "without an end": (_set("timeouts", -1, False), None, {"ExpectEpisodesEnded"}),
 }
 
@@ -366,9 +372,11 @@ def test_lidar_and_sub_costs_at_fault_name_their_episodes(tmp_path: Path) -> Non
     pieces[2]["sub_costs"][:, 0] = 0.0
     pieces[3]["sub_costs"][11, 1] = -1.0
     rows = [row(i, Episode(**piece)) for i, piece in enumerate(pieces)]
+    rows[0]["sub_cost_returns"][2] += 1.0
     flat = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
     found = by_name(suite.frames(flat, table(rows), GOAL, PARAMS), tmp_path / "docs")
     assert {name: o.ids() for name, o in found.items() if not o.success} == {
+        "ExpectListedSubCosts": [rows[0]["id"]],
         "ExpectLidarInRange": [rows[1]["id"]],
         "ExpectSubCostsOfCost": [rows[2]["id"]],
         "ExpectSubCostsNonNegative": [rows[3]["id"]],

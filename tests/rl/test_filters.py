@@ -10,14 +10,13 @@ import pytest
 
 from springhead.errors import BadInput
 from springhead.params import load
-from springhead.rl import filter_chain, filters
+from springhead.rl import facts, filter_chain, filters
 from springhead.rl.dataset import Dataset, Episode, read_dsrl, write_dsrl
 from springhead.rl.filter_chain import Settings, Step, apply
 from springhead.rl.filter_state import Filtered
 from springhead.rl.filters import Density, Epsilon, Inpaint, Noise, Outliers, Ranges, Thin
 from springhead.stage import for_test
 from springhead.tables import read_table, write_table
-from stages.rl import collect
 from stages.rl import filter as filter_stage
 from tests.rl.offline_data import BALL, dataset, spread
 
@@ -344,7 +343,7 @@ def collected(folder: Path, episodes: list) -> Path:
         "episode_return": [e.episode_return for e in episodes], "cost_return": [e.cost_return for e in episodes],
         "length": [e.length for e in episodes], "index": list(range(n)),
     }  # fmt: skip
-    write_table(folder / "rows.parquet", columns, collect.ROWS)
+    write_table(folder / "rows.parquet", columns, facts.ROWS)
     return folder
 
 

@@ -250,7 +250,7 @@ def stream(kept: Sequence[Fact], shards: Shards, imported: Path | None, drop_sub
     """Yields the episodes of facts, group after group, so that one group is held at a time.
 
     Args:
-        kept: The facts; those of a group follow each other, imported ones come last and in their file's order.
+        kept: The facts; those of a group follow each other, and imported ones are in their file's order.
         shards: The groups.
         imported: The imported data set, where there is one.
         drop_sub_costs: Whether sub-costs are left out.

@@ -41,11 +41,11 @@ class Fact:
         group: The number of its group, -1 for an imported episode.
         place: Its place in the group, or in the imported data set.
         id: The digest of its content.
-        policy: The digest of the policy that acted; of the imported file, where that is all that is known.
+        policy: The digest of the policy that acted, None for an imported episode.
         algorithm: The algorithm that made the policy.
-        cost_limit: The cost limit that the policy was trained for.
-        seed: The reset seed.
-        deterministic: Whether the policy acted by its mean.
+        cost_limit: The cost limit that the policy was trained for, None where it is not known.
+        seed: The reset seed, None likewise.
+        deterministic: Whether the policy acted by its mean, None likewise.
         source: The digest of the file it was imported from.
         episode_return: Its undiscounted return.
         cost_return: Its undiscounted cost.
@@ -56,7 +56,7 @@ class Fact:
     group: int
     place: int
     id: str
-    policy: str
+    policy: str | None
     algorithm: str
     cost_limit: float | None
     seed: int | None

@@ -1,4 +1,4 @@
-"""Collects one task's data set: episodes of every saved expert, and what was imported for the task.
+"""Collects one task's data set: what was imported for the task, and episodes of every saved expert.
 
 Every policy acts for the same number of episodes (times its weight), most of them with sampled actions (spread
 around the policy) and some by its mean (what it would do at its best). Writes DSRL's flat HDF5, the same episodes as
@@ -147,9 +147,8 @@ def run(stage: Stage[Params]) -> None:
     # A data set has sub-costs for all episodes or for none, and imported files rarely have them.
     drop = imported is not None and bool(of.sub_costs) and next(iter_episodes(imported)).sub_costs is None
     shards = Shards(stage.scratch / "shards", lambda line: print(f"{stage.name}: {line}", file=sys.stderr))
-    facts = collect(stage, of, shards, drop)
-    if imported is not None:
-        facts += read_imported(imported.parent, drop)
+    facts = read_imported(imported.parent, drop) if imported is not None else []
+    facts += collect(stage, of, shards, drop)
     if not facts:
         raise BadInput(
             f"{stage.name}: no experts and nothing imported, so there is nothing to collect; set rl.experts.runs or "

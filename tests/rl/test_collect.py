@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -21,9 +22,9 @@ from springhead.progress import Progress
 from springhead.rl import envs
 from springhead.rl.acting import load_expert
 from springhead.rl.collection import Buffer, make_plan, select
-from springhead.rl.dataset import iter_minari, read_dsrl
+from springhead.rl.dataset import iter_minari, read_dsrl, write_dsrl
 from springhead.rl.envs import make, run_episodes
-from springhead.rl.facts import Fact
+from springhead.rl.facts import Fact, sums, write_rows
 from springhead.rl.filters import Ranges, Thin, thin
 from springhead.rl.tasks import task
 from springhead.rl.workers import SimulatorFault
@@ -429,3 +430,73 @@ def test_workers_killed_while_collecting_change_nothing(expert_folder, tmp_path,
         collect.run(stage)
     assert len(set(killed)) == 3
     assert tree_files(stage.out) == whole
+
+
+# -- imports ----------------------------------------------------------------------------------
+
+
+def imported_into(folder, episodes, source="ab" * 32):
+    """What the imports stage hands over."""
+    folder.mkdir()
+    write_dsrl(folder / "dataset.hdf5", episodes, task("BallRun").sub_costs)
+    nothing = dict.fromkeys(("policy", "cost_limit", "seed", "deterministic"))
+    facts = [
+        Fact(group=-1, place=i, algorithm="imported", source=source, **nothing, **sums(e))
+        for i, e in enumerate(episodes)
+    ]
+    write_rows(folder / "rows.parquet", facts)
+    write_json(folder / "index.json", [{"name": "x", "sha256": source, "format": "dsrl", "episodes": len(episodes)}])
+    return folder
+
+
+@pytest.mark.parametrize("with_parts", [True, False])
+def test_imported_episodes_come_first_and_name_their_source(collected, expert_folder, tmp_path, with_parts):
+    own = read_dsrl(collected.out / "dataset.hdf5").episodes()
+    other = [replace(e, rewards=e.rewards + 1, sub_costs=e.sub_costs if with_parts else None) for e in own[:2]]
+    folder = imported_into(tmp_path / "imports", other)
+    inputs = {"experts": expert_folder, "imports": folder}
+    stage = for_test(PARAMS, tmp_path / "out", inputs, {"task": "BallRun"}, seed=9)
+    collect.run(stage)
+    data = read_dsrl(stage.out / "dataset.hdf5")
+    rows = read_table(stage.out / "rows.parquet").to_pylist()
+    assert [e.id for e in data.episodes()] == [row["id"] for row in rows]
+    assert [row["source"] for row in rows] == ["ab" * 32] * 2 + [None] * 8
+    assert [row["policy"] is None for row in rows] == [True] * 2 + [False] * 8
+    assert [row["id"] for row in rows[:2]] == [e.id for e in other]
+    # Sub-costs are there for all episodes or for none; without them an episode has another id.
+    assert (data.sub_costs is not None) == with_parts
+    assert [row["id"] for row in rows[2:]] == [(e if with_parts else replace(e, sub_costs=None)).id for e in own]
+    assert len(list(iter_minari(stage.out / "minari/springhead/BallRun-v0"))) == 10
+
+
+def test_imports_alone_are_enough_and_copies_count_once(collected, tmp_path):
+    own = read_dsrl(collected.out / "dataset.hdf5").episodes()
+    folder = imported_into(tmp_path / "imports", own[:5])
+    (tmp_path / "experts").mkdir()
+    write_json(tmp_path / "experts/index.json", [])
+    inputs = {"experts": tmp_path / "experts", "imports": folder}
+    params = dataclasses.replace(PARAMS, buffers={"BallRun": Buffer(3)})
+    stage = for_test(params, tmp_path / "out", inputs, {"task": "BallRun"})
+    collect.run(stage)
+    left = [e.id for e in read_dsrl(stage.out / "dataset.hdf5").episodes()]
+    assert len(left) == 3 and set(left) < {e.id for e in own[:5]}
+    assert read_json(stage.out / "minari/springhead/BallRun-v0/data/metadata.json")["algorithm_name"] == "imported"
+
+
+def test_nothing_imported_changes_nothing(collected, expert_folder, tmp_path):
+    (tmp_path / "imports").mkdir()
+    write_json(tmp_path / "imports/index.json", [])
+    inputs = {"experts": expert_folder, "imports": tmp_path / "imports"}
+    stage = for_test(PARAMS, tmp_path / "out", inputs, {"task": "BallRun"}, seed=9)
+    collect.run(stage)
+    assert tree_files(stage.out) == tree_files(collected.out)
+
+
+@pytest.mark.fault
+def test_imports_whose_rows_are_of_other_episodes_are_refused(collected, expert_folder, tmp_path):
+    own = read_dsrl(collected.out / "dataset.hdf5").episodes()
+    folder = imported_into(tmp_path / "imports", own[:2])
+    write_dsrl(folder / "dataset.hdf5", own[2:4])
+    inputs = {"experts": expert_folder, "imports": folder}
+    with pytest.raises(BadInput, match="name different episodes; import them again"):
+        collect.run(for_test(PARAMS, tmp_path / "out", inputs, {"task": "BallRun"}, seed=9))

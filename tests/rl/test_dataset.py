@@ -279,7 +279,7 @@ def test_writing_holds_two_blocks_beside_the_episodes(tmp_path, long_file):
     assert peak < 2.5 * dsrl_file.BLOCK_ROWS * row
 
 
-@pytest.mark.fault
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("room", [0, 100, 3_000, 40_000, 400_000, 3_000_000])
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, long_file, room):
     episodes = read_dsrl(long_file[0]).episodes()
@@ -298,7 +298,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, long_file, room):
     assert (tmp_path / "dataset.hdf5").read_bytes() == long_file[0].read_bytes()
 
 
-@pytest.mark.fault
+@pytest.mark.fault("F9")
 def test_every_flipped_byte_of_a_chunk_is_caught_by_both_readers(tmp_path):
     path = tmp_path / "dataset.hdf5"
     write_dsrl(path, [make_episode(60, 3)])

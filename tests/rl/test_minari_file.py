@@ -130,7 +130,7 @@ def test_sub_costs_and_a_missing_cost(tmp_path, episodes):
         read_minari(folder, cost="price")
 
 
-@pytest.mark.fault
+@pytest.mark.fault("F9")
 def test_a_damaged_minari_data_set_is_named(root, tmp_path):
     with pytest.raises(BadInput, match=r"springhead: no Minari data set"):
         read_minari(root / "springhead")

@@ -5,7 +5,6 @@ only with exactly those bytes, wherever it came from.
 """
 
 import os
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -76,8 +75,13 @@ def obtain(name: str, root: Path | None = None) -> Path:
     return fetch(known[name], root)
 
 
-def fetch(source: Source, root: Path | None = None) -> Path:
+def fetch(source: Source, root: Path | None = None, also: Sequence[Path] = ()) -> Path:
     """Returns a local path to a file or folder that is described rather than named; see :func:`obtain`.
+
+    Args:
+        source: what is wanted.
+        root: the repository.
+        also: more places that are looked at before the network.
 
     Raises:
         BadInput: if it cannot be had, or its bytes are others.
@@ -86,8 +90,8 @@ def fetch(source: Source, root: Path | None = None) -> Path:
         return _checked(source, _in_package(source))
     stored = home(root) / "sources" / source.path
     mirror = os.environ.get("SPRINGHEAD_SOURCES")
-    for path in (Path(mirror) / source.path if mirror else None, stored):
-        if path is not None and path.exists():
+    for path in (*([Path(mirror) / source.path] if mirror else []), stored, *also):
+        if path.exists():
             return _checked(source, path)
     if source.url is None:
         raise BadInput(
@@ -133,19 +137,3 @@ def _download(source: Source, target: Path) -> None:
         raise BadInput(f"source '{source.name}': {source.url} cannot be fetched ({error}); try again later") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the sha256 of files and folders as sources name them: ``python -m springhead.sources PATH ...``."""
-    paths = sys.argv[1:] if arguments is None else arguments
-    if not paths:
-        raise SystemExit("usage: python -m springhead.sources PATH ...")
-    for path in paths:
-        try:
-            print(f"{tree_digest(path)}  {path}")
-        except BadInput as error:
-            raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main()

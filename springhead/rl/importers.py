@@ -276,9 +276,9 @@ def examine(path: Path, source: Source, of: Task, known: set[str]) -> Judged:
     decisions, facts = [], []
     for found in episodes_of(path, settings, of):
         decision = judge(found, of, str(path))
-        if not decision.kept and "error" == (settings.unfinished if decision.rule == "unfinished" else settings.faulty):
-            hint = "" if decision.rule == "unfinished" else "; set faulty: drop to leave such episodes out"
-            raise BadInput(f"{decision.why}{hint}")
+        unfinished = decision.rule == "unfinished"
+        if not decision.kept and (settings.unfinished if unfinished else settings.faulty) == "error":
+            raise BadInput(decision.why + ("" if unfinished else "; set faulty: drop to leave such episodes out"))
         if decision.kept and decision.id in known:
             decision = Decision(decision.id, "duplicate", False, None, None)
         decisions.append(decision)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class About:
-    """What a data set says about itself, in Minari's terms."""
+    """Who made a data set, in Minari's terms."""
 
     author: tuple[str, ...] = ()
     """Names of the authors."""
@@ -46,8 +46,6 @@ class About:
     """How to reach them."""
     code_permalink: str | None = None
     """An address of the code that made it, of one version."""
-    algorithms: tuple[str, ...] = field(default=())
-    """The algorithms whose policies acted."""
 
 
 def write_minari(
@@ -57,6 +55,7 @@ def write_minari(
     task: Task,
     about: About | None = None,
     facts: Sequence[Mapping[str, Any]] = (),
+    algorithms: Sequence[str] = (),
 ) -> None:
     """Writes episodes as a Minari data set that ``minari.load_dataset`` finds with ``MINARI_DATASETS_PATH=root``.
 
@@ -72,6 +71,7 @@ def write_minari(
         about: Who made it and how.
         facts: For each episode what its metadata shall hold, such as ``seed``, ``policy`` or ``cost_limit``; entries
             that are None are left out.
+        algorithms: The algorithms whose policies acted.
 
     Raises:
         BadInput: If there are no episodes or the data set exists already.
@@ -94,7 +94,7 @@ def write_minari(
         write_json(root / space / "namespace_metadata.json", {})
     size = (folder / "main_data.hdf5").stat().st_size / 1e6
     totals = {"total_episodes": count, "total_steps": steps, "dataset_size": round(size, 1)}
-    write_json(folder / "metadata.json", _description(dataset_id, task, about or About()) | totals)
+    write_json(folder / "metadata.json", _description(dataset_id, task, about or About(), algorithms) | totals)
 
 
 def _write_episode(file: h5py.File, number: int, episode: Episode, task: Task, facts: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ def _after_reset(values: Array) -> Array:
     return np.concatenate([np.zeros(1, dtype=np.float32), values])
 
 
-def _description(dataset_id: str, task: Task, about: About) -> dict[str, Any]:
+def _description(dataset_id: str, task: Task, about: About, algorithms: Sequence[str]) -> dict[str, Any]:
     """``metadata.json`` without the totals: every field that Minari knows and that is known."""
     import gymnasium
     from minari.serialization import serialize_space
@@ -143,7 +143,7 @@ def _description(dataset_id: str, task: Task, about: About) -> dict[str, Any]:
         "author": sorted(about.author),
         "author_email": sorted(about.author_email),
         "code_permalink": about.code_permalink,
-        "algorithm_name": ", ".join(about.algorithms),
+        "algorithm_name": ", ".join(algorithms),
     }
     packages = ("springhead", *_PACKAGES.get(task.family, ()))
     return {

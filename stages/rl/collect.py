@@ -49,7 +49,7 @@ class Params:
     buffers: dict[str, Buffer] = field(default_factory=dict)
     """By task, which episodes are kept; a task that is not named keeps all."""
     about: About = field(default_factory=About)
-    """What the Minari data set says of its authors and code; its algorithms are those that acted."""
+    """What the Minari data set says of its authors and code."""
 
     def __post_init__(self) -> None:
         if min(self.sampled_episodes, self.mean_episodes) < 0 or self.sampled_episodes + self.mean_episodes < 1:
@@ -157,7 +157,7 @@ def run(stage: Stage[Params]) -> None:
     buffer = stage.params.buffers.get(of.name, Buffer())
     selection = select(facts, buffer, stage.seed)
     write(stage, of, selection.kept, shards, imported, drop)
-    if buffer != Buffer():
+    if selection.decisions["id"]:
         write_decisions(stage.out / "decisions.parquet", selection.decisions)
     kept = selection.kept
     stage.dataset(stage.out / "dataset.hdf5", f"{of.name} episodes", len(kept), role="output")
@@ -174,17 +174,15 @@ def write(
     steps = sum(fact.length for fact in kept)
     path = stage.out / "dataset.hdf5"
     write_stream(path, stream(kept, shards, imported, drop), steps, keys, of.sub_costs if with_parts else ())
-    about = stage.params.about
-    algorithms = tuple(dict.fromkeys(fact.algorithm for fact in kept))
-    about = About(about.author, about.author_email, about.code_permalink, algorithms)
     named = ("seed", "policy", "algorithm", "cost_limit", "deterministic", "source")
     write_minari(
         stage.out / "minari",
         f"springhead/{of.name}-v0",
         stream(kept, shards, imported, drop),
         of,
-        about,
+        stage.params.about,
         [{name: getattr(fact, name) for name in named} for fact in kept],
+        list(dict.fromkeys(fact.algorithm for fact in kept)),
     )
     write_rows(stage.out / "rows.parquet", kept)
 

@@ -20,7 +20,7 @@ from tests.rl.test_dataset import make_episode
 pytestmark = pytest.mark.unit
 
 NAME = "springhead/BallCircle-v0"
-ABOUT = About(("B. Author", "A. Author"), ("a@example.org",), "https://example.org/tree/abc", ("cpo", "ppo-lag"))
+ABOUT = About(("B. Author", "A. Author"), ("a@example.org",), "https://example.org/tree/abc")
 FACTS = [{"seed": 5, "policy": "ab" * 32, "cost_limit": 10.0, "algorithm": "cpo"}, {"seed": 6, "source": "cd" * 32}]
 
 
@@ -31,7 +31,7 @@ def episodes():
 
 @pytest.fixture
 def root(tmp_path, episodes, monkeypatch):
-    write_minari(tmp_path / "ours", NAME, episodes, task("BallCircle"), ABOUT, FACTS)
+    write_minari(tmp_path / "ours", NAME, episodes, task("BallCircle"), ABOUT, FACTS, ("cpo", "ppo-lag"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "ours"))
     return tmp_path / "ours"
 

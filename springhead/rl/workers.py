@@ -14,11 +14,11 @@ parent ends, whatever ended it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ class EpisodeWorkers:
             else:
                 for group in groups:
                     with _one_torch_thread():
-                        episodes = _run_group(self.task_name, self.num_envs, pickle.loads(_pack(group)))  # noqa: S301
+                        episodes = _run_group(self.task_name, self.num_envs, copy.deepcopy(group))
                     yield episodes
         finally:
             self._running = False
@@ -163,7 +164,6 @@ class _Assignment:
 
     index: int
     group: Group
-    message: bytes
     deaths: int = 0
 
 
@@ -181,10 +181,25 @@ class _Worker:
             )
 
     def send(self, assignment: _Assignment) -> None:
-        """Hands a group over; if the worker is dead, that shows at the next :meth:`receive`."""
+        """Hands a group over; if the worker is dead, that shows at the next :meth:`receive`.
+
+        Raises:
+            BadInput: If its policy cannot be sent.
+        """
+        policy = type(assignment.group.policy)
+        if policy.__module__ == "__main__":
+            raise BadInput(
+                f"policy {policy.__name__}: its class stands in the program that was started, which workers do not "
+                "import; move it into a module"
+            )
         self.assigned.append(assignment)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send_bytes(assignment.message)
+        try:
+            self.connection.send(assignment.group)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except (PicklingError, AttributeError, TypeError) as error:
+            name = policy.__name__
+            raise BadInput(f"policy {name}: cannot be sent to a worker ({error}); make it picklable") from error
 
     def receive(self) -> list[Episode] | BaseException:
         """Returns the result of the first assigned group.
@@ -193,7 +208,7 @@ class _Worker:
             EOFError: If the worker is dead.
         """
         try:
-            result: list[Episode] | BaseException = pickle.loads(self.connection.recv_bytes())  # noqa: S301  (our worker)
+            result: list[Episode] | BaseException = self.connection.recv()
         except OSError as error:  # died while it sent
             raise EOFError from error
         self.assigned.popleft()
@@ -255,7 +270,7 @@ class _Schedule:
             group = next(source, None)
             if group is None:
                 return
-            self.waiting.append(_Assignment(self.taken, group, _message(group)))
+            self.waiting.append(_Assignment(self.taken, group))
             self.taken += 1
 
     def _hand_out(self) -> None:
@@ -305,23 +320,6 @@ class _Schedule:
 
 def _name(task_name: str, seeds: Sequence[int]) -> str:
     return f"task {task_name}, seeds {', '.join(map(str, seeds))}"
-
-
-def _message(group: Group) -> bytes:
-    if type(group.policy).__module__ == "__main__":
-        raise BadInput(
-            f"policy {type(group.policy).__name__}: its class stands in the program that was started, which workers do "
-            "not import; move it into a module"
-        )
-    return _pack(group)
-
-
-def _pack(group: Group) -> bytes:
-    try:
-        return pickle.dumps(group, protocol=5)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        name = type(group.policy).__name__
-        raise BadInput(f"policy {name}: cannot be sent to a worker ({error}); make it picklable") from error
 
 
 @contextlib.contextmanager
@@ -419,39 +417,40 @@ def serve(descriptor: int, task_name: str, num_envs: int) -> None:
         from springhead.hermetic import inherit
 
         inherit()
-    connection, inbox = Connection(descriptor), queue.SimpleQueue[bytes]()
+    connection, inbox = Connection(descriptor), queue.SimpleQueue[Group | Exception]()
 
     def receive() -> None:
         # In a thread, which costs nothing while it waits, for two reasons: the parent never has to wait until a
         # group is done to hand over the next one, and the end of the parent ends a group in mid-flight.
-        try:
-            while True:
-                inbox.put(connection.recv_bytes())
-        except (EOFError, OSError):
-            os._exit(0)
+        while True:
+            try:
+                inbox.put(connection.recv())
+            except (EOFError, OSError):
+                os._exit(0)
+            except Exception as error:  # the policy cannot be made here
+                inbox.put(error)
 
     threading.Thread(target=receive, name="receive", daemon=True).start()
     while True:
-        answer = _answer(task_name, num_envs, inbox.get())
+        result = _answer(task_name, num_envs, inbox.get())
         try:
-            connection.send_bytes(answer)
+            connection.send(result)
         except OSError:
             os._exit(0)
 
 
-def _answer(task_name: str, num_envs: int, message: bytes) -> bytes:
-    """Runs the group of a message and returns the pickled episodes, or the pickled error."""
-    result: list[Episode] | Exception
+def _answer(task_name: str, num_envs: int, group: Group | Exception) -> list[Episode] | Exception:
+    """Runs a group and returns its episodes, or the error that the parent is to raise."""
     seeds: tuple[int, ...] = ()
     try:
-        group: Group = pickle.loads(message)  # noqa: S301  (from our parent)
+        if isinstance(group, Exception):
+            raise group
         seeds = group.seeds
-        result = _run_group(task_name, num_envs, group)
+        return _run_group(task_name, num_envs, group)
     except SpringheadError as error:
-        result = error
+        return error.with_traceback(None)
     except Exception as error:
         # Anything else is a defect of the policy or the simulator, so its traceback is worth having; the error
         # itself may not survive pickling.
         text = "".join(traceback.format_exception(error))
-        result = RuntimeError(f"{_name(task_name, seeds)}: {type(error).__name__} in a worker process\n{text}")
-    return pickle.dumps(result, protocol=5)
+        return RuntimeError(f"{_name(task_name, seeds)}: {type(error).__name__} in a worker process\n{text}")

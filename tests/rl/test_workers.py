@@ -85,7 +85,7 @@ def test_workers_import_what_they_need_and_no_more():
     assert not episode.actions.any()
 
 
-@pytest.mark.fault("a worker process dies")
+@pytest.mark.fault
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_a_dead_workers_group_is_run_again(tmp_path, expected, how, caplog):
     groups = work(7)
@@ -98,7 +98,7 @@ def test_a_dead_workers_group_is_run_again(tmp_path, expected, how, caplog):
     assert len(list(tmp_path.iterdir())) == 2  # two processes died, and both were real
 
 
-@pytest.mark.fault("a worker process dies")
+@pytest.mark.fault
 def test_workers_killed_from_outside_at_any_instant(expected):
     generator = np.random.default_rng()
     with EpisodeWorkers("BallCircle", 2, 2) as workers:
@@ -110,7 +110,7 @@ def test_workers_killed_from_outside_at_any_instant(expected):
         same(found + list(results), expected)
 
 
-@pytest.mark.fault("a worker process dies")
+@pytest.mark.fault
 def test_a_group_that_always_kills_its_worker_is_an_error_and_the_groups_before_it_are_kept(tmp_path, expected):
     groups = [*work(2), Group(Dies(0, tmp_path, 99, "kill"), (7, 8), 10.0), *work(3, 3)]
     found = []
@@ -121,7 +121,7 @@ def test_a_group_that_always_kills_its_worker_is_an_error_and_the_groups_before_
         same(list(workers.run(work(2))), expected[:2])
 
 
-@pytest.mark.fault("a simulator returns a number that is not finite")
+@pytest.mark.fault
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_simulator_that_returns_nonsense_is_named_with_seed_step_and_array(expected, processes):
     found = []
@@ -187,7 +187,7 @@ def gone(process: int, seconds: float = 20.0) -> bool:
     return not alive(process)
 
 
-@pytest.mark.fault("the parent of worker processes is killed")
+@pytest.mark.fault
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_its_parent(tmp_path, how):
     command = [sys.executable, "-c", PARENT, str(tmp_path)]

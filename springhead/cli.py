@@ -363,6 +363,40 @@ def _check_tasks(names: list[str], steps: int, as_json: bool) -> None:
         _print_json({name: asdict(seen) for name, seen in found.items()})
 
 
+@app.command("import-check")
+def import_check(
+    path: Annotated[Path, typer.Argument(help="An HDF5 file of DSRL's or D4RL's kind, or a Minari data set's folder.")],
+    task: Annotated[str, typer.Option("--task", help="The task it is held to.")],
+    cost: Annotated[
+        str | None, typer.Option("--cost", help="Where the costs are: an array, or a key of Minari's infos.")
+    ] = None,
+    horizon: Annotated[
+        bool, typer.Option("--horizon", help="End episodes after the task's horizon: for files without time-outs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at data of others, and print the entry that imports it."""
+    from springhead.rl import import_check as checker
+    from springhead.rl.tasks import task as task_named
+
+    of = task_named(task)
+    found = checker.summary(path, checker.settings_for(path, cost, "horizon" if horizon else "file"), of)
+    if as_json:
+        _print_json(found)
+        return
+    typer.echo(f"{path}: {found['format']}, sha256 {found['sha256']}")
+    typer.echo(f"{found['episodes']} episodes of {of.name}, {found['steps']} steps")
+    for name, (low, high) in found["ranges"].items():
+        typer.echo(f"    {name:<12}{low:g} to {high:g}")
+    if found["quirks"]:
+        typer.echo(f"read as they are: {', '.join(found['quirks'])}")
+    if found["steps_cut"]:
+        typer.echo(f"{found['steps_cut']} last steps cut: the file lacks their successors")
+    for rule, out in found["left_out"].items():
+        typer.echo(f"left out by {rule}: {out['episodes']}; {out['first']}")
+    typer.echo(f"for rl.imports.sources in params.yaml:\n  {found['params']}")
+
+
 @app.command()
 def algorithms(as_json: AsJson = False) -> None:
     """List algorithms and methods with their papers."""

@@ -161,6 +161,11 @@ class Decision:
     why: str = ""
 
 
+def minari_folder() -> Path:
+    """The folder in which Minari itself keeps data sets."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+
+
 def obtain(source: Source, of: Task, root: Path | None) -> Path:
     """Returns a local path to a source, fetching it if need be.
 
@@ -181,8 +186,7 @@ def obtain(source: Source, of: Task, root: Path | None) -> Path:
         return sources.fetch(wanted, root)
     origin = "where it is published"
     wanted = sources.Source(settings.path, settings.path, origin, "see there", settings.sha256)
-    minari = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
-    also = [Path(minari).expanduser() / settings.path] if isinstance(settings, Minari) else []
+    also = [minari_folder() / settings.path] if isinstance(settings, Minari) else []
     return sources.fetch(wanted, root, also)
 
 

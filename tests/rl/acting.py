@@ -95,3 +95,15 @@ class Loaded(Wander):
     def act(self, observations):
         burden = [name for name in ("torch", "pytest", "mlflow", "pandas") if name in sys.modules]
         return np.full((len(observations), 2), 0.1 * len(burden), dtype=np.float32)
+
+
+class Reads(Wander):
+    """Reads a file that its stage did not declare."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(0)
+        self.path = path
+
+    def act(self, observations):
+        self.path.read_text()
+        return super().act(observations)

@@ -1,11 +1,13 @@
 """Groups of episodes in processes: the same bytes from any number, and every fault found, named and survived."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ import pytest
 
 from springhead.environment import alive
 from springhead.errors import BadInput
+from springhead.hermetic import Seal
 from springhead.rl.dataset import EPISODE_KEYS, Episode
 from springhead.rl.workers import EpisodeWorkers, Group, SimulatorFault, WorkerDied
-from tests.rl.acting import Breaks, Dies, Diverged, Loaded, Raises, Wander
+from tests.rl.acting import Breaks, Dies, Diverged, Loaded, Raises, Reads, Wander
 
 pytestmark = pytest.mark.unit
 
@@ -169,11 +172,23 @@ def test_policies_that_cannot_travel_are_refused_by_name():
         EpisodeWorkers("BallCircle", 2, -1)
 
 
+def test_workers_are_sealed_as_their_stage(tmp_path, monkeypatch):
+    hidden, journal = tmp_path / "checkout" / "hidden.txt", tmp_path / "journal"
+    hidden.parent.mkdir()
+    hidden.write_text("undeclared")
+    seal = Seal("rl-x@a", "stages.rl-x.do.deps", (str(hidden.parent),), (), str(journal))
+    monkeypatch.setenv("SPRINGHEAD_SEAL", json.dumps(asdict(seal)))
+    message = "stage rl-x@a reads hidden.txt, which it does not declare; add it to stages.rl-x.do.deps"
+    with EpisodeWorkers("BallCircle", 2, 2) as workers, pytest.raises(BadInput, match=message):
+        list(workers.run([Group(Reads(hidden), (1,), 10.0)]))
+    assert message in journal.read_text()
+
+
 PARENT = """
 import sys
 from pathlib import Path
 from springhead.rl.workers import EpisodeWorkers, Group
-from tests.rl.acting import Slow
+from tests.rl.acting import Breaks, Dies, Diverged, Loaded, Raises, Reads, Slow, Wander
 folder = Path(sys.argv[1])
 with EpisodeWorkers("BallCircle", 2, 2) as workers:
     list(workers.run([Group(Slow(folder), (1,), 10.0), Group(Slow(folder), (2,), 10.0)]))

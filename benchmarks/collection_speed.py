@@ -197,17 +197,16 @@ def compare(task: str, processes: int, turns: int, seconds: float, folder: Path)
             side.ask(episodes=episodes)
     print(f"\n{turns} turns of {episodes} episodes\n")
     print(
-        "| side | steps/s, median | lowest | highest | steps per CPU second | ours to it | in each turn "
+        "| side | steps/s, median | lowest | highest | steps per CPU second | ours to it | in each turn | per CPU second "
         "| peak RSS, MB | PSS, MB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for side in sides:
-        rates, ratio = side.rates(), paired_ratio(sides[0], side)
-        per_cpu = np.median(side.rates("cpu"))
-        shown = "-" if side is sides[0] else f"{ratio[0]:.2f} | {ratio[1]:.2f} to {ratio[2]:.2f}"
+        rates, ratio, per_cpu = side.rates(), paired_ratio(sides[0], side), paired_ratio(sides[0], side, "cpu")
+        compared = f"{ratio[0]:.2f} | {ratio[1]:.2f} to {ratio[2]:.2f} | {per_cpu[0]:.2f}"
         print(
-            f"| {side.name} | {np.median(rates):.0f} | {min(rates):.0f} | {max(rates):.0f} | {per_cpu:.0f} | "
-            f"{shown if shown != '-' else '- | -'} | {side.memory()} |",
+            f"| {side.name} | {np.median(rates):.0f} | {min(rates):.0f} | {max(rates):.0f} | "
+            f"{np.median(side.rates('cpu')):.0f} | {'- | - | -' if side is sides[0] else compared} | {side.memory()} |",
             flush=True,
         )
     if "cost" in sides[1].runs[0]:

@@ -197,8 +197,8 @@ def compare(task: str, processes: int, turns: int, seconds: float, folder: Path)
             side.ask(episodes=episodes)
     print(f"\n{turns} turns of {episodes} episodes\n")
     print(
-        "| side | steps/s, median | lowest | highest | steps per CPU second | ours to it | in each turn | per CPU second "
-        "| peak RSS, MB | PSS, MB |"
+        "| side | steps/s, median | lowest | highest | steps per CPU second | ours to it | in each turn "
+        "| per CPU second | peak RSS, MB | PSS, MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for side in sides:

@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 from springhead.cli import app
 from springhead.declared import stage_name
 from springhead.errors import BadInput
-from springhead.jsonio import read_json
+from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import tree_digest, tree_files
 from springhead.params import load
+from springhead.rl.dsrl_file import read_dsrl
 from springhead.stage import for_test
 from springhead.tables import read_table
-from stages.rl import imports
+from stages.rl import collect, imports
 from tests.rl.foreign_files import flat, make_episodes, write_hdf5, write_minari
 
 pytestmark = pytest.mark.unit
@@ -57,6 +58,23 @@ def test_a_stage_takes_the_sources_of_its_task_and_gives_equal_bytes_again(tmp_p
     assert read_table(stage.out / "rows.parquet").num_rows == 5
     again = run(tmp_path / "again", sources)
     assert tree_files(stage.out) == tree_files(again.out)
+
+
+def test_collection_takes_what_was_imported_with_its_source(tmp_path, shelf):
+    path = write_hdf5(shelf / "dsrl" / "mine.hdf5", flat(make_episodes()))
+    made = run(tmp_path / "made", [{"task": "BallCircle", "dsrl": {"file": "mine.hdf5", "sha256": tree_digest(path)}}])
+    experts = tmp_path / "experts"
+    experts.mkdir()
+    write_json(experts / "index.json", [])
+    params = collect.Params(sampled_episodes=1, mean_episodes=1, num_envs=1)
+    inputs = {"experts": experts, "imports": made.out}
+    stage = for_test(params, tmp_path / "collected", inputs, {"task": "BallCircle"}, stage="collect")
+    collect.run(stage)
+    assert [episode.id for episode in read_dsrl(stage.out / "dataset.hdf5").episodes()] == [
+        e.id for e in make_episodes()
+    ]
+    rows = read_table(stage.out / "rows.parquet").to_pylist()
+    assert {(row["source"], row["policy"], row["algorithm"]) for row in rows} == {(tree_digest(path), None, "imported")}
 
 
 @pytest.mark.fault

@@ -30,7 +30,7 @@ from springhead.home import home as state_folder
 from springhead.home import repository
 from springhead.jsonio import write_json
 from springhead.keys import Keys
-from springhead.lineage.digests import file_digest, files_digest, json_digest, tree_digest
+from springhead.lineage.digests import dependency_files, file_digest, files_digest, json_digest, tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import describe
 from springhead.params import load, lookup, read_params
@@ -222,8 +222,10 @@ class _Execution(Generic[P]):
                     f"{strays[0]}: lies in {dep}, which {self.declared.name} reads, but no stage of dvc.yaml makes it"
                     f" ({len(strays)} such files); remove it"
                 )
-            facts = describe(path)
-            found[dep] = {"sha256": facts["sha256"], "bytes": facts["bytes"]}
+            files = dependency_files(self.root, dep) if path.is_dir() else {}
+            digest = files_digest(files) if path.is_dir() else file_digest(path)
+            size = sum((path / name).stat().st_size for name in files) if path.is_dir() else path.stat().st_size
+            found[dep] = {"sha256": digest, "bytes": size}
         return found
 
     def _lock(self) -> Path:

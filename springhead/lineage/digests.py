@@ -25,8 +25,13 @@ def file_digest(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def tree_files(path: Path | str) -> dict[str, str]:
+def tree_files(path: Path | str, bytecode: bool = True) -> dict[str, str]:
     """Returns ``{relative posix path: digest}`` of every file below a folder, sorted by path.
+
+    Args:
+        path: the folder.
+        bytecode: False leaves out ``__pycache__``, which Python makes in a folder of code by importing it. In data
+            and models nothing may be left out: their bytecode would be run as well.
 
     Raises:
         BadInput: on a symbolic link that leads out of the folder, which could change unseen.
@@ -39,6 +44,8 @@ def tree_files(path: Path | str) -> dict[str, str]:
         # itself that points elsewhere in the file system as a folder.
         if item.is_symlink() and item.is_dir() and inside not in item.resolve().parents:
             raise BadInput(f"{item}: a link that leads out of {root}; replace it by the folder itself")
+        if not bytecode and "__pycache__" in item.relative_to(root).parts:
+            continue
         if item.is_file():
             files[item.relative_to(root).as_posix()] = file_digest(item)
     return files
@@ -64,6 +71,24 @@ def tree_digest(path: Path | str) -> str:
     if path.is_dir():
         return files_digest(tree_files(path))
     raise BadInput(f"{path}: no such file or folder; run the stage that makes it (`dvc repro`)")
+
+
+def dependency_files(root: Path, path: str) -> dict[str, str]:
+    """Returns the files of a stage's dependency, a folder, as :func:`tree_files`; of code without its bytecode."""
+    return tree_files(root / path, bytecode=path.partition("/")[0] == "data")
+
+
+def dependency_digest(root: Path, path: str) -> str:
+    """Returns the digest of a stage's dependency, a file or a folder; of code without its bytecode.
+
+    Args:
+        root: the repository.
+        path: the dependency, relative to it.
+
+    Raises:
+        BadInput: if nothing is there.
+    """
+    return files_digest(dependency_files(root, path)) if (root / path).is_dir() else tree_digest(root / path)
 
 
 def tree_bytes(path: Path | str) -> int:

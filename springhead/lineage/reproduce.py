@@ -31,7 +31,7 @@ from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.keys import Keys
 from springhead.lineage.contents import first_difference, json_difference
-from springhead.lineage.digests import file_digest, tree_digest
+from springhead.lineage.digests import dependency_digest, file_digest
 from springhead.lineage.dvcfiles import cache_folder, file_md5, read_lock
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
@@ -223,7 +223,7 @@ class _Verification:
                 if path in receipt["dependencies"] and self.store.has(path, entry):
                     continue
                 return path
-            if tree_digest(place / path) != digest:
+            if dependency_digest(place, path) != digest:
                 return path
         return self._other_parameter(stage, place)
 
@@ -287,7 +287,7 @@ class _Verification:
             if not (place / path).exists():
                 for name, source in self.store.files(path, self.lock[stage]).items():
                     _link(source, place / path / name if name else place / path)
-            if (found := tree_digest(place / path)) != facts["sha256"]:
+            if (found := dependency_digest(place, path)) != facts["sha256"]:
                 raise BadInput(
                     f"{path}: what was stored has digest {found[:12]}, {stage} read {facts['sha256'][:12]}; "
                     f"`springhead audit --deep` says which file is damaged"

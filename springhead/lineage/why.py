@@ -8,7 +8,7 @@ from typing import Any
 from springhead.declared import Declared, read_stages
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
-from springhead.lineage.digests import file_digest, tree_digest
+from springhead.lineage.digests import dependency_digest, file_digest
 from springhead.lineage.receipts import read_receipts
 from springhead.params import lookup, read_params
 
@@ -101,5 +101,5 @@ def _flat(key: str, value: Any) -> dict[str, Any]:
 
 def _digest(root: Path, path: str, known: dict[str, str | None]) -> str | None:
     if path not in known:
-        known[path] = tree_digest(root / path) if (root / path).exists() else None
+        known[path] = dependency_digest(root, path) if (root / path).exists() else None
     return known[path]

@@ -8,7 +8,7 @@ import pytest
 
 from springhead.errors import BadInput
 from springhead.jsonio import canonical, read_jsonl
-from springhead.lineage.digests import arrays_digest, file_digest, json_digest, tree_digest
+from springhead.lineage.digests import arrays_digest, dependency_digest, file_digest, json_digest, tree_digest
 
 
 @pytest.mark.unit
@@ -66,3 +66,21 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(BadInput, match=r"rows.jsonl:2: not valid JSON"):
         list(read_jsonl(path))
+
+
+@pytest.mark.unit
+def test_bytecode_counts_in_data_and_not_in_code(tmp_path: Path) -> None:
+    """Importing from a folder of code makes bytecode there, which is no change of the code; in data it is one."""
+    for folder in ("springhead/rl/online", "data/models"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "ppo.py").write_text("x = 1\n")
+    before = {folder: dependency_digest(tmp_path, folder) for folder in ("springhead/rl/online", "data/models")}
+    assert before["data/models"] == tree_digest(tmp_path / "data/models")
+    for folder in before:
+        (tmp_path / folder / "__pycache__").mkdir()
+        (tmp_path / folder / "__pycache__/ppo.cpython-311.pyc").write_bytes(b"compiled")
+    assert dependency_digest(tmp_path, "springhead/rl/online") == before["springhead/rl/online"]
+    assert dependency_digest(tmp_path, "data/models") != before["data/models"]
+    (tmp_path / "springhead/rl/online/ppo.py").write_text("x = 2\n")
+    assert dependency_digest(tmp_path, "springhead/rl/online") != before["springhead/rl/online"]
+    assert dependency_digest(tmp_path, "data/models/ppo.py") == tree_digest(tmp_path / "data/models/ppo.py")

@@ -303,22 +303,25 @@ def test_the_policy_climbs_reward_and_leaves_cost(name, careful):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_keeps_its_limit(name):
-    """BallRun pays about 60 per metre forward, and costs as soon as the ball is fast, so return and cost conflict."""
-    final = {}
-    for limit in (100.0, 5.0):
-        settings = {
-            "iterations": 25,
-            "episodes_per_iteration": 4,
-            "num_envs": 4,
-            "hidden": (32, 32),
-            "batch_size": 64,
-            "updates_per_step": 0.5,
-            "cost_limit_start": limit,
-            "cost_limit_end": limit,
-        }
-        settings |= {"actions": 8, "states": 32} if name == "cvpo" else {"pid_ki": 0.02}
-        trained = learner(name, **settings)
-        figures = [trained.iterate() for _ in range(settings["iterations"])]
-        assert np.mean([f.episode_return for f in figures[-3:]]) > figures[0].episode_return + 100
-        final[limit] = np.mean([f.cost_return for f in figures[-3:]])
-    assert final[5.0] < 0.5 * final[100.0]
+    """The reward of BallCircle is for going round fast, its cost for being beyond two walls that cut the circle.
+
+    A policy that ignores the cost gets about 500 at a cost of 100. The benchmark of the experts trains for longer.
+    """
+    settings = {
+        "task": "BallCircle",
+        "iterations": 25,
+        "episodes_per_iteration": 5,
+        "num_envs": 5,
+        "hidden": (64, 64),
+        "batch_size": 256,
+        "updates_per_step": 0.2,
+        "cost_limit_start": 20.0,
+        "cost_limit_end": 20.0,
+    }
+    settings |= {"actions": 16, "states": 64} if name == "cvpo" else {"pid_kp": 0.03, "pid_ki": 0.006, "pid_kd": 0.0}
+    if name == "sac-lag":
+        settings |= {"target_entropy": -2.0}
+    trained = learner(name, **settings)
+    figures = [trained.iterate() for _ in range(settings["iterations"])]
+    assert np.mean([f.episode_return for f in figures[-3:]]) > 300
+    assert np.mean([f.cost_return for f in figures[-6:]]) < 50

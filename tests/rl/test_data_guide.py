@@ -37,7 +37,7 @@ def checkout(tmp_path_factory):
 
 
 def run(block, checkout, python=sys.executable):
-    path = {"PYTHONPATH": str(ROOT)} if python == sys.executable else {}
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])} if python == sys.executable else {}
     environment = {**os.environ, **path, "DSRL_SUPPRESS_IMPORT_ERROR": "1"}
     done = subprocess.run(
         [python, "-c", BLOCKS[block]], cwd=checkout, env=environment, capture_output=True, text=True, check=False
@@ -78,6 +78,6 @@ def test_osrl(checkout):
     run("osrl", checkout, str(PEERS))
 
 
-@pytest.mark.skipif(not PEERS.exists(), reason="no .venv-peers; `make peers` builds it")
+@pytest.mark.skipif(importlib.util.find_spec("d3rlpy") is None, reason="d3rlpy is not installed")
 def test_d3rlpy(checkout):
-    assert run("d3rlpy", checkout, str(PEERS)).splitlines()[-1] == "4"
+    assert run("d3rlpy", checkout).splitlines()[-1] == "4"

@@ -34,6 +34,8 @@ _PACKAGES = {
     "metadrive": ("metadrive-simulator",),
 }
 """What the environments of a family need beside this package."""
+_BOUNDS = {"bullet-safety-gym": 1000.0, "metadrive": 1.0}
+"""Bounds of the observation spaces of the families' environments; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _description(dataset_id: str, task: Task, about: About, algorithms: Sequence
 
     from springhead.rl.envs import env_name
 
-    bound = np.full(task.observation_dim, 1000.0, dtype=np.float32)
+    bound = np.full(task.observation_dim, _BOUNDS.get(task.family, np.inf), dtype=np.float32)
     limit = np.ones(task.action_dim, dtype=np.float32)
     spec = gymnasium.spec(env_name(task.name)).to_json()
     named = {
@@ -145,7 +147,7 @@ def _description(dataset_id: str, task: Task, about: About, algorithms: Sequence
         "code_permalink": about.code_permalink,
         "algorithm_name": ", ".join(algorithms),
     }
-    packages = ("springhead", *_PACKAGES.get(task.family, ()))
+    needed = ("springhead", *_PACKAGES.get(task.family, ()))
     return {
         "dataset_id": dataset_id,
         "data_format": "hdf5",
@@ -157,13 +159,21 @@ def _description(dataset_id: str, task: Task, about: About, algorithms: Sequence
         "eval_env_spec": spec,
         "description": f"Episodes of {task.name} over a range of cost limits. infos['cost'] is the cost of every step; "
         "the reference scores are the lowest and the highest return of the published DSRL data set of the task.",
-        "requirements": [f"{name}=={metadata.version(name)}" for name in packages],
+        "requirements": [f"{name}=={version}" for name in needed if (version := _version(name))],
         "ref_min_score": task.return_range[0],
         "ref_max_score": task.return_range[1],
         "cost_limits": list(task.limits),
         "horizon": task.horizon,
         **{key: value for key, value in named.items() if value},
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version; imported episodes may be of a simulator that is not installed here."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def iter_raw(folder: Path) -> Iterator[dict[str, Any]]:

@@ -198,3 +198,18 @@ def test_what_surprises_reading_at_once_is_left_to_the_other(root, change):
     assert minari_file._read_at_once(root / NAME, "cost", ()) is None
     with pytest.raises(BadInput, match="episode 1"):
         read_minari(root / NAME)
+
+
+@pytest.mark.parametrize("name", ["BallRun", "HalfCheetahVelocity", "PointGoal1"])
+def test_the_spaces_are_those_of_the_environment(tmp_path, monkeypatch, name):
+    of = task(name)
+    flat = Dataset.of([make_episode(5, 0)])
+    zeros = np.zeros((5, of.observation_dim), np.float32)
+    actions = np.zeros((5, of.action_dim), np.float32)
+    episode = dataclasses.replace(flat.episode(0), observations=zeros, next_observations=zeros, actions=actions)
+    write_minari(tmp_path, env_name(name), [episode], of)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    data = minari.load_dataset(env_name(name))
+    env = data.recover_environment()
+    assert (data.observation_space, data.action_space) == (env.observation_space, env.action_space)
+    env.close()

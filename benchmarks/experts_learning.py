@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,11 +27,11 @@ import numpy as np
 import torch
 import yaml
 
-from springhead.jsonio import read_json, write_json
+from springhead.jsonio import canonical, read_json, write_json
 from springhead.progress import Progress, duration
 from springhead.rl.networks import ExpertPolicy, load_expert, save_expert
 from springhead.rl.online.algorithms import algorithm
-from springhead.rl.online.contract import Figures
+from springhead.rl.online.contract import Figures, OnlineConfig
 from springhead.rl.online.training import feasible_first, train
 from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers, Group
@@ -91,14 +92,28 @@ def evaluate(policy: ExpertPolicy, of: str) -> dict[str, Any]:
     }
 
 
+def configuration(run: Run, overrides: dict[str, Any]) -> OnlineConfig:
+    """A run's hyper-parameters: the defaults, the limit, and what the settings say."""
+    config_class, _ = algorithm(run.algorithm)
+    values: dict[str, Any] = {"task": run.task, "seed": run.seed, "cost_limit_start": LIMIT, "cost_limit_end": LIMIT}
+    values |= {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+    return config_class(**values)
+
+
+def has_result(run: Run, overrides: dict[str, Any], results: Path) -> bool:
+    """Whether there is a result file of the run, made with these very settings."""
+    path = results / f"{run.name}.json"
+    if not path.exists():
+        return False
+    found: dict[str, Any] = read_json(path)
+    return canonical(found["config"]) == canonical(asdict(configuration(run, overrides)))
+
+
 def execute(run: Run, overrides: dict[str, Any], scratch: Path, results: Path, quiet: bool) -> dict[str, Any]:
     """Trains and evaluates one run, and writes its result file."""
     torch.set_num_threads(1)
-    config_class, learner_class = algorithm(run.algorithm)
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
-    config = config_class(
-        **{"task": run.task, "seed": run.seed, "cost_limit_start": LIMIT, "cost_limit_end": LIMIT, **lists}
-    )
+    _, learner_class = algorithm(run.algorithm)
+    config = configuration(run, overrides)
     folder = scratch / run.name
     started, cpu = time.monotonic(), time.process_time()
     history: list[Figures] = []
@@ -106,8 +121,9 @@ def execute(run: Run, overrides: dict[str, Any], scratch: Path, results: Path, q
     with EpisodeWorkers(run.task, config.num_envs) as workers, Progress(config.iterations, run.name) as bar:
         learner = learner_class(config, workers)
         for history in train(learner, folder, checkpoint_every=max(1, config.iterations // 10)):
-            if not (saved / f"{len(history):05d}").exists():
-                save_expert(saved / f"{len(history):05d}", learner.policy())
+            # What lies there may be of other settings, or half-written when a run was killed.
+            shutil.rmtree(saved / f"{len(history):05d}", ignore_errors=True)
+            save_expert(saved / f"{len(history):05d}", learner.policy())
             if not quiet:
                 last = history[-1]
                 bar.advance(len(history) - bar.done, episode_return=last.episode_return, cost=last.cost_return)
@@ -139,8 +155,8 @@ def passes(outcome: dict[str, Any], of: str) -> bool:
 
 
 def run_all(wanted: list[tuple[Run, dict[str, Any]]], jobs: int, scratch: Path, results: Path) -> None:
-    """Runs what has no result file yet."""
-    todo = [(run, overrides) for run, overrides in wanted if not (results / f"{run.name}.json").exists()]
+    """Runs what has no result file of its settings yet."""
+    todo = [(run, overrides) for run, overrides in wanted if not has_result(run, overrides, results)]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} runs have a result; {len(todo)} to do, {jobs} at a time")
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -199,7 +215,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="train and evaluate what has no result file yet")
+    runner = commands.add_parser("run", help="train and evaluate what has no result file of its settings yet")
     runner.add_argument("--algorithm", action="append", help="only this one; may be given again")
     runner.add_argument("--task", action="append", help="only this one; may be given again")
     runner.add_argument("--seed", action="append", type=int, help=f"default {', '.join(map(str, SEEDS))}")

@@ -29,6 +29,9 @@ Array = npt.NDArray[Any]
 _DEFLATE, _SHUFFLE, _FLETCHER32 = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32
 
 
+_BATCH = 1 << 19  # stored bytes that a thread reads at a time
+
+
 class _UnusualError(Exception):
     """A chunk that only HDF5 itself can judge."""
 
@@ -100,7 +103,15 @@ def _start(array: h5py.Dataset, descriptor: int, result: Array, pool: ThreadPool
     expected = np.prod([-(-size // step) for size, step in zip(array.shape, layout.shape, strict=True)])
     if len(places) != expected:  # chunks never written hold a fill value
         return None
-    return [pool.submit(_read_chunk, descriptor, place, layout, result) for place in places]
+    # Some at a time: handing a small chunk to a thread takes as long as reading it.
+    count = max(1, _BATCH // (1 + sum(place.size for place in places) // len(places)))
+    batches = [places[start : start + count] for start in range(0, len(places), count)]
+    return [pool.submit(_read_chunks, descriptor, batch, layout, result) for batch in batches]
+
+
+def _read_chunks(descriptor: int, places: list[Any], layout: _Layout, result: Array) -> None:
+    for place in places:
+        _read_chunk(descriptor, place, layout, result)
 
 
 def _layout(array: h5py.Dataset) -> _Layout | None:
@@ -136,8 +147,9 @@ def _read_chunk(descriptor: int, place: Any, layout: _Layout, result: Array) -> 
     result[target] = block[tuple(slice(0, t.stop - t.start) for t in target)]
 
 
-_WIDTH = 256
+_WIDTH = 1024
 _WORDS = _WIDTH << 15  # words at a time, so that no sum leaves 32 bits
+_PLACES = np.arange(_WIDTH)
 
 
 def fletcher32(content: memoryview | bytes) -> int:
@@ -155,7 +167,7 @@ def fletcher32(content: memoryview | bytes) -> int:
         by_row, by_column = rows.sum(1, dtype=np.uint32), rows.sum(0, dtype=np.uint32)
         rest = block[rows.size :].astype(np.int64)
         place = _WIDTH * int(by_row.astype(np.int64) @ np.arange(len(by_row)))
-        place += int(by_column.astype(np.int64) @ np.arange(_WIDTH))
+        place += int(by_column.astype(np.int64) @ _PLACES)
         place += int(rest @ np.arange(rows.size, len(block)))
         total = int(by_row.sum(dtype=np.int64)) + int(rest.sum())
         second = _fold(second + first * len(block) + len(block) * total - place)

@@ -20,6 +20,11 @@ ACCEPTED = "data/accepted"
 """Profiles of accepted data sets: the one folder below ``data/`` that people fill, and git tracks."""
 
 
+def is_data(path: str) -> bool:
+    """Whether a dependency is data that stages make, rather than something that git holds."""
+    return path.startswith("data/") and path != ACCEPTED and not path.startswith(f"{ACCEPTED}/")
+
+
 @dataclass(frozen=True)
 class Declared:
     """A stage as declared, all paths relative to the repository root in posix form."""

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from springhead.declared import is_data
 from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import read_json
 from springhead.keys import changed_keys
-from springhead.lineage.digests import file_digest, files_digest
+from springhead.lineage.digests import dependency_digest, files_digest
 from springhead.lineage.dvcfiles import cache_objects, directory_md5, file_md5
 from springhead.lineage.head import FILE as HEAD
 from springhead.lineage.head import check_head
@@ -284,14 +285,15 @@ def check_code(ws: Workspace) -> None:
     for stage, receipt in ws.graph.receipts.items():
         used = {**receipt["code"]["files"], **receipt["environment"]["lock"]}
         for path, facts in receipt["dependencies"].items():
-            # Data has its own check, and what changed in a folder of code is named file by file.
-            if path.partition("/")[0] != "data" and not (ws.root / path).is_dir():
+            # Data has its own check.
+            if not is_data(path):
                 used[path] = facts["sha256"]
-        for path, recorded in used.items():
+        for path, recorded in sorted(used.items(), reverse=True):  # files before the folder that they are in
             ws.count("code")
             if path not in now:
-                now[path] = file_digest(ws.root / path) if (ws.root / path).is_file() else None
-            if now[path] != recorded:
+                now[path] = dependency_digest(ws.root, path) if (ws.root / path).exists() else None
+            named = any(stage in stages and file.startswith(f"{path}/") for file, stages in moved.items())
+            if now[path] != recorded and not named:
                 moved.setdefault(path, []).append(stage)
     for path, stages in sorted(moved.items()):
         some = ", ".join(stages[:3]) + (f" and {len(stages) - 3} more" if len(stages) > 3 else "")

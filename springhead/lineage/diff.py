@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from springhead.declared import is_data
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.lineage import query
@@ -520,7 +521,7 @@ def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, A
         "parameter": [
             {k: v for key, value in r["params"].items() for k, v in _flat(key, value).items()} for r in (a, b)
         ],
-        "input": [{p: f["sha256"] for p, f in r["dependencies"].items() if p.startswith("data/")} for r in (a, b)],
+        "input": [{p: f["sha256"] for p, f in r["dependencies"].items() if is_data(p)} for r in (a, b)],
         "code": [_code(r, declared=True) for r in (a, b)],
         "lock": [r["environment"]["lock"] for r in (a, b)],
         "package": [r["environment"]["packages"] for r in (a, b)],

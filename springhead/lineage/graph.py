@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from springhead.declared import is_data
 from springhead.lineage.digests import files_digest
 from springhead.lineage.receipts import read_receipts
 
@@ -131,7 +132,7 @@ class Graph:
         """Every dependency on data, by reader and path. Code and lock files are no links."""
         found = []
         for name, receipt in self.receipts.items():
-            data = [path for path in receipt["dependencies"] if path.startswith("data/")]
+            data = [path for path in receipt["dependencies"] if is_data(path)]
             for path in sorted(data):
                 facts = receipt["dependencies"][path]
                 makers = tuple(maker for maker in self.makers(path) if maker != name)

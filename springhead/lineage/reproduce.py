@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from springhead.declared import is_data
 from springhead.environment import HARNESS
 from springhead.errors import BadInput, SpringheadError
 from springhead.git import add_worktree, clean_environment, git, remove_worktree
@@ -191,7 +192,7 @@ class _Verification:
         """Returns the digests of what git must hold for a stage: its code, without the harness."""
         receipt = self.graph.receipts[stage]
         files = {path: digest for path, digest in receipt["code"]["files"].items() if path not in HARNESS}
-        others = {p: facts["sha256"] for p, facts in receipt["dependencies"].items() if p.partition("/")[0] != "data"}
+        others = {p: facts["sha256"] for p, facts in receipt["dependencies"].items() if not is_data(p)}
         return {**files, **others}
 
     def _commit(self, stage: str, trees: "_Trees") -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from springhead.declared import Declared, read_stages
+from springhead.declared import Declared, is_data, read_stages
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.lineage.digests import dependency_digest, file_digest
@@ -55,7 +55,7 @@ def changes(
         return [Change("receipt", declared.receipt, "the stage has not run in this checkout", True)]
     found = _parameters(root, declared, receipt)
     for path in sorted(set(declared.dependencies) | set(receipt["dependencies"])):
-        kind = "data" if path.startswith("data/") else "lock" if path.startswith("locks/") else "code"
+        kind = "data" if is_data(path) else "lock" if path.startswith("locks/") else "code"
         before = receipt["dependencies"].get(path, {}).get("sha256")
         if path not in declared.dependencies:
             found.append(Change(kind, path, "is no dependency any more", True))

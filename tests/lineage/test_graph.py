@@ -71,3 +71,14 @@ def test_models_behind_a_stage(root: Path) -> None:
     paths = [model.path for model in graph.models_behind(["llm-filter"])]
     assert paths == [f"data/llm/finetune/small-llama/{method}/0/model" for method in ("mend", "sft")]
     assert graph.models_behind([f"rl-evaluate@{TASK}"]) == []
+
+
+def test_what_people_accepted_is_no_data_that_a_stage_must_have_made(root: Path) -> None:
+    graph = Graph.read(root)
+    facts = graph.receipts[f"rl-validate@{TASK}"]["dependencies"]
+    before = len(graph.links)
+    facts["data/accepted"] = {"sha256": "0" * 64, "bytes": 1}
+    graph = Graph(graph.receipts)
+    assert len(graph.links) == before
+    facts["data/accepted-by-nobody"] = {"sha256": "0" * 64, "bytes": 1}
+    assert len(Graph(graph.receipts).links) == before + 1

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from springhead.errors import BadInput
+from springhead.params import load
 from springhead.rl.networks import Moments
 from springhead.rl.online.advantages import gae, standardise
 from springhead.rl.online.algorithms import ALGORITHMS, algorithm
@@ -148,6 +149,47 @@ def test_a_line_search_shortens_the_step_or_restores_the_parameters(keep_failure
     assert parameter.tolist() == [2.0, 0.0]
     assert search(lambda: False, 3) == 0.0
     assert parameter.tolist() == ([3.0, -2.0] if keep_failure else [2.0, 0.0])
+
+
+def test_the_divergence_is_that_of_the_old_policy_from_the_new_one():
+    """KL(old || new) of two Gaussians of unlike deviations; the other direction is another number."""
+    old, new = Normal(torch.zeros(3, 2), torch.full((3, 2), 0.5)), Normal(torch.ones(3, 2), torch.full((3, 2), 2.0))
+    by_hand = np.log(2.0 / 0.5) + (0.5**2 + 1.0) / (2 * 2.0**2) - 0.5
+    assert float(mean_kl(old, new)) == pytest.approx(2 * by_hand, rel=1e-6)
+
+
+OUT_OF_RANGE = [
+    ("ppo-lag", "minibatch", 0),
+    ("ppo-lag", "epochs", 0),
+    ("ppo-lag", "discount", 1.5),
+    ("ppo-lag", "discount", 0.0),
+    ("ppo-lag", "hidden", ()),
+    ("ppo-lag", "hidden", (8, 0)),
+    ("ppo-lag", "seed", -1),
+    ("ppo-lag", "learning_rate", -1.0),
+    ("ppo-lag", "gae_lambda", 2.0),
+    ("trpo-lag", "repeats", 0),
+    ("trpo-lag", "target_kl", -1.0),
+    ("cpo", "critic_minibatch", 0),
+    ("cpo", "damping", -0.1),
+    ("focops", "temperature", 0.0),
+    ("sac-lag", "alpha", 0.0),
+    ("sac-lag", "actor_lr", float("nan")),
+    ("ddpg-lag", "pid_ki", -0.1),
+    ("cvpo", "kl", 0.0),
+]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("name", "key", "value"), OUT_OF_RANGE)
+def test_hyper_parameters_out_of_range_are_named_with_their_place(name, key, value):
+    """Unchecked they would train on nonsense or end in an error of torch's or NumPy's."""
+    config_class, _ = algorithm(name)
+    values = {"task": "BallRun", "seed": 0, "iterations": 1, key: value}
+    with pytest.raises(BadInput, match=f"^{key} is "):
+        config_class(**values)
+    with pytest.raises(BadInput, match=rf"^here\.{name}: {key} is .*use "):
+        load(config_class, {**values, "hidden": list(values.get("hidden", (4,)))}, f"here.{name}")
 
 
 def test_algorithms_are_found_by_name():

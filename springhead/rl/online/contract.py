@@ -18,6 +18,43 @@ from springhead.rl.networks import ExpertPolicy
 from springhead.rl.online.lagrangian import ramp
 
 
+class OutOfRange(BadInput, ValueError):
+    """A hyper-parameter out of range. A ValueError, so that ``springhead.params.load`` adds file and key before it."""
+
+
+def at_least(low: float, config: OnlineConfig, *names: str) -> None:
+    """Makes sure that fields of a configuration are ``low`` or more.
+
+    Raises:
+        OutOfRange: Naming the first that is not.
+    """
+    for name in names:
+        if not getattr(config, name) >= low:
+            raise OutOfRange(f"{name} is {getattr(config, name)}; use at least {low:g}")
+
+
+def above_zero(config: OnlineConfig, *names: str) -> None:
+    """Makes sure that fields of a configuration are more than 0.
+
+    Raises:
+        OutOfRange: Naming the first that is not.
+    """
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise OutOfRange(f"{name} is {getattr(config, name)}; use more than 0")
+
+
+def fraction(config: OnlineConfig, *names: str) -> None:
+    """Makes sure that fields of a configuration lie in [0, 1].
+
+    Raises:
+        OutOfRange: Naming the first that does not.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise OutOfRange(f"{name} is {getattr(config, name)}; use a number between 0 and 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
     """What all online algorithms are told; each adds its own hyper-parameters. Fractions are of the whole training.
@@ -50,18 +87,19 @@ class OnlineConfig:
     discount: float = 0.99
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "episodes_per_iteration", "num_envs"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; use at least 1")
-        if min(self.cost_limit_start, self.cost_limit_end) < 0:
-            raise BadInput("cost_limit_start and cost_limit_end must be 0 or more")
+        at_least(1, self, "iterations", "episodes_per_iteration", "num_envs")
+        at_least(0, self, "seed", "cost_limit_start", "cost_limit_end")
+        above_zero(self, "discount")
+        fraction(self, "discount")
+        if not self.hidden or min(self.hidden) < 1:
+            raise OutOfRange(f"hidden is {list(self.hidden)}; use one size or more, each at least 1")
         if not 0 <= self.ramp_from <= self.ramp_until <= 1:
-            raise BadInput(f"the ramp [{self.ramp_from}, {self.ramp_until}] must lie within [0, 1]")
+            raise OutOfRange(f"the ramp [{self.ramp_from}, {self.ramp_until}] must lie within [0, 1]")
 
     def cost_limit(self, iteration: int) -> float:
         """The episode cost limit in force at an iteration, counted from 0."""
-        fraction = iteration / max(self.iterations - 1, 1)
-        return ramp(self.cost_limit_start, self.cost_limit_end, self.ramp_from, self.ramp_until, fraction)
+        done = iteration / max(self.iterations - 1, 1)
+        return ramp(self.cost_limit_start, self.cost_limit_end, self.ramp_from, self.ramp_until, done)
 
 
 @dataclass(frozen=True)

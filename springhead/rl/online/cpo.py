@@ -42,6 +42,7 @@ import torch
 from torch.distributions import Normal
 
 from springhead.rl.online.advantages import Batch, standardise
+from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.online.trust_region import conjugate_gradients, fisher_product, gradient, line_search, mean_kl
 from springhead.rl.workers import EpisodeWorkers
@@ -78,6 +79,14 @@ class CPOConfig(OnPolicyConfig):
     critic_minibatch: int = 256
     critic_l2: float = 1e-3
     critic_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(
+            1, self, "repeats", "conjugate_steps", "backtracks", "critic_epochs", "critic_minibatch", "critic_steps"
+        )
+        above_zero(self, "target_kl", "shrink", "critic_learning_rate")
+        at_least(0, self, "damping", "critic_l2")
 
 
 @dataclass(frozen=True)

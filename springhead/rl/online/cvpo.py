@@ -38,8 +38,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from springhead.errors import BadInput
 from springhead.rl.acting import Head
+from springhead.rl.online.contract import OutOfRange, above_zero, at_least
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
 from springhead.rl.workers import EpisodeWorkers
@@ -78,7 +78,9 @@ class CVPOConfig(OffPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.actions < 2 or not 1 <= self.states <= self.batch_size:
-            raise BadInput(f"actions ({self.actions}) must be 2 or more, states ({self.states}) 1 to the batch size")
+            raise OutOfRange(f"actions ({self.actions}) must be 2 or more, states ({self.states}) 1 to the batch size")
+        above_zero(self, "kl", "eta_max", "multiplier_max", "dual_lr")
+        at_least(0, self, "alpha_lr", "alpha_max")
 
 
 def q_threshold(limit: float, horizon: int, discount: float) -> float:

@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from springhead.errors import BadInput
 from springhead.rl.acting import ExpertPolicy, Head
+from springhead.rl.online.contract import OutOfRange, at_least, fraction
 from springhead.rl.online.lagrangian import PIDLagrangian, ramp
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
@@ -59,9 +59,9 @@ class DDPGLagConfig(OffPolicyConfig):
         super().__post_init__()
         for name in ("exploration", "exploration_start"):
             if not math.exp(-5.0) <= getattr(self, name) <= math.exp(2.0):
-                raise BadInput(f"{name} is {getattr(self, name)}; use a deviation between 0.0068 and 7.3")
-        if not 0 <= self.exploration_until <= 1:
-            raise BadInput(f"exploration_until is {self.exploration_until}; use a fraction between 0 and 1")
+                raise OutOfRange(f"{name} is {getattr(self, name)}; use a deviation between 0.0068 and 7.3")
+        fraction(self, "exploration_until")
+        at_least(0, self, "pid_kp", "pid_ki", "pid_kd")
 
 
 class DDPGLag(OffPolicy):

@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from springhead.rl.online.advantages import Batch, standardise
+from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.workers import EpisodeWorkers
 
@@ -63,6 +64,14 @@ class FOCOPSConfig(OnPolicyConfig):
     epochs: int = 4
     minibatch: int = 256
     max_gradient_norm: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "epochs", "minibatch")
+        above_zero(
+            self, "temperature", "eta", "target_kl", "learning_rate", "critic_learning_rate", "max_gradient_norm"
+        )
+        at_least(0, self, "nu_learning_rate", "nu_max", "critic_l2")
 
 
 class FOCOPS(OnPolicy):

@@ -26,11 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from springhead.errors import BadInput
 from springhead.rl.acting import Activation, ExpertConfig, ExpertPolicy, Head
 from springhead.rl.networks import Ensemble, GaussianActor, Moments, weights_of
 from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
-from springhead.rl.online.contract import Figures, OnlineConfig
+from springhead.rl.online.contract import Figures, OnlineConfig, above_zero, at_least, fraction
 from springhead.rl.online.replay import Replay, Transitions
 from springhead.rl.online.rollouts import check_workers, episode_seeds, roll_out
 from springhead.rl.tasks import task
@@ -69,13 +68,9 @@ class OffPolicyConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("buffer_size", "batch_size", "n_step"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}; use at least 1")
-        if self.updates_per_step <= 0:
-            raise BadInput(f"updates_per_step is {self.updates_per_step}; use more than 0")
-        if not 0 < self.tau <= 1 or not 0 < self.discount <= 1:
-            raise BadInput(f"tau ({self.tau}) and discount ({self.discount}) must be above 0 and at most 1")
+        at_least(1, self, "buffer_size", "batch_size", "n_step")
+        above_zero(self, "updates_per_step", "tau", "actor_lr", "critic_lr")
+        fraction(self, "tau")
 
 
 class OffPolicy(ABC):

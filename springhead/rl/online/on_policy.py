@@ -27,7 +27,7 @@ from springhead.rl.dataset import Episode
 from springhead.rl.networks import GaussianActor, Moments, mlp, weights_of
 from springhead.rl.online.advantages import Batch, Doubles, gae
 from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
-from springhead.rl.online.contract import Figures, OnlineConfig
+from springhead.rl.online.contract import Figures, OnlineConfig, fraction
 from springhead.rl.online.rollouts import check_workers, episode_seeds, roll_out, sampled_actions
 from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers
@@ -46,6 +46,10 @@ class OnPolicyConfig(OnlineConfig):
     gae_lambda: float = 0.95
     activation: Activation = "tanh"
     released: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction(self, "gae_lambda")
 
 
 class OnPolicy(ABC):

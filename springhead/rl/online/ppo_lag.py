@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from springhead.rl.online.advantages import Batch, standardise
+from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.lagrangian import PIDLagrangian
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.workers import EpisodeWorkers
@@ -59,6 +60,12 @@ class PPOLagConfig(OnPolicyConfig):
     pid_kp: float = 0.05
     pid_ki: float = 0.0005
     pid_kd: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "epochs", "minibatch")
+        above_zero(self, "learning_rate", "clip", "target_kl", "max_gradient_norm")
+        at_least(0, self, "pid_kp", "pid_ki", "pid_kd")
 
 
 class PPOLag(OnPolicy):

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from springhead.rl.acting import Head
+from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.lagrangian import PIDLagrangian
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
@@ -58,6 +59,11 @@ class SACLagConfig(OffPolicyConfig):
     pid_kp: float = 0.05
     pid_ki: float = 0.0005
     pid_kd: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero(self, "alpha", "alpha_lr")
+        at_least(0, self, "pid_kp", "pid_ki", "pid_kd")
 
 
 class SACLag(OffPolicy):

@@ -28,6 +28,7 @@ import torch
 from torch.distributions import Normal
 
 from springhead.rl.online.advantages import Batch
+from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.lagrangian import PIDLagrangian
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.online.trust_region import conjugate_gradients, fisher_product, gradient, line_search, mean_kl
@@ -67,6 +68,14 @@ class TRPOLagConfig(OnPolicyConfig):
     pid_kp: float = 0.05
     pid_ki: float = 0.0005
     pid_kd: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(
+            1, self, "repeats", "conjugate_steps", "backtracks", "critic_epochs", "critic_minibatch", "critic_steps"
+        )
+        above_zero(self, "target_kl", "shrink", "critic_learning_rate")
+        at_least(0, self, "damping", "pid_kp", "pid_ki", "pid_kd")
 
 
 class TRPOLag(OnPolicy):

@@ -168,22 +168,21 @@ class Ensemble(nn.Module):
             self.weights.append(nn.Parameter(weight.transpose(1, 2).contiguous()))
             self.biases.append(nn.Parameter(torch.zeros(members, 1, outputs)))
 
-    def forward(self, inputs: torch.Tensor, frozen: bool = False, members: slice = slice(None)) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, frozen: bool = False) -> torch.Tensor:
         """Values of the inputs.
 
         Args:
             inputs: (batch, input size).
             frozen: Lets gradients flow to the inputs, but not to the weights.
-            members: Which networks to evaluate.
 
         Returns:
             (members, batch).
         """
         weights = [weight.detach() if frozen else weight for weight in self.weights]
         biases = [bias.detach() if frozen else bias for bias in self.biases]
-        rows = inputs.expand(len(range(self.members)[members]), *inputs.shape)
+        rows = inputs.expand(self.members, *inputs.shape)
         for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             if layer:
                 rows = rows.relu_() if self.activation == "relu" else rows.tanh_()
-            rows = torch.baddbmm(bias[members], rows, weight[members])
+            rows = torch.baddbmm(bias, rows, weight)
         return rows.squeeze(-1)

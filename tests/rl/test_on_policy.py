@@ -93,6 +93,41 @@ def test_figures_of_the_first_iterations_are_pinned(name, released):
     np.testing.assert_allclose(found, PINNED[name, released], rtol=5e-3, atol=2e-5)
 
 
+def test_a_batch_is_what_its_episodes_say():
+    """Sampled actions are those that were executed, before clipping; each signal has its own critic and advantages."""
+    learner = learner_of("ppo-lag")
+    for _ in range(2):
+        learner.iterate()
+    episodes, seeds = learner.collect()
+    # As if the second episode had ended in a fall.
+    ends = np.arange(episodes[1].length) == episodes[1].length - 1
+    episodes[1] = dataclasses.replace(episodes[1], terminals=ends, timeouts=np.zeros_like(ends))
+    moments = [(float(learner.value_moments.mean[i]), float(learner.value_moments.std[i])) for i in (0, 1)]
+    batch = learner.prepare(episodes, seeds)
+    executed = np.concatenate([episode.actions for episode in episodes])
+    np.testing.assert_allclose(batch.actions.clamp(-1.0, 1.0), executed, atol=1e-5)
+    assert (batch.actions.abs() > 1.0).any()
+    log_probs = torch.distributions.Normal(batch.means, batch.stds).log_prob(batch.actions).sum(-1)
+    torch.testing.assert_close(batch.log_probs, log_probs)
+    critics = (learner.reward_critic, learner.cost_critic)
+    for (mean, std), critic, key in zip(moments, critics, ("rewards", "costs"), strict=True):
+        expected = []
+        for number, episode in enumerate(episodes):
+            with torch.no_grad():
+                rows = learner._normalise(np.concatenate([episode.observations, episode.next_observations[-1:]]))
+                values = critic(rows)[:, 0].double().numpy() * std + mean
+            if number == 1:
+                values[-1] = 0.0
+            carry, found = 0.0, []
+            for t in reversed(range(episode.length)):
+                error = getattr(episode, key)[t] + 0.99 * values[t + 1] - values[t]
+                carry = error + 0.99 * 0.95 * carry
+                found.append(carry)
+            expected += found[::-1]
+        advantages = batch.reward_advantages if key == "rewards" else batch.cost_advantages
+        np.testing.assert_allclose(advantages, expected, rtol=1e-4, atol=1e-3)
+
+
 def final_policy(folder, name, scratch, stop_after=None, workers=None, **changes):
     learner = learner_of(name, workers, **changes)
     for history in train(learner, scratch, checkpoint_every=2):

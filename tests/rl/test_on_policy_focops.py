@@ -24,12 +24,13 @@ def learner_of(**changes):
 
 
 def shifted(learner, shift):
-    """A batch as if the policy that collected it had had means lower by ``shift`` in the first rows."""
+    """A batch as if the policy that collected it had had other means and wider deviations in the first rows."""
     batch = learner.prepare(*learner.collect())
-    means = batch.means.clone()
+    means, stds = batch.means.clone(), batch.stds.clone()
     means[:20] -= shift
-    log_probs = torch.distributions.Normal(means, batch.stds).log_prob(batch.actions).sum(-1)
-    return dataclasses.replace(batch, means=means, log_probs=log_probs)
+    stds[:20] *= 1.1
+    log_probs = torch.distributions.Normal(means, stds).log_prob(batch.actions).sum(-1)
+    return dataclasses.replace(batch, means=means, stds=stds, log_probs=log_probs)
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -39,8 +40,9 @@ def test_the_loss_is_divergence_less_advantage_where_the_policy_is_near(shift, n
     learner.nu = 0.7
     batch = shifted(learner, shift)
     rows = torch.arange(10, 30)  # the policy has moved at half of them
-    std = batch.stds[0].numpy().astype(np.float64)
-    kl = np.where(rows.numpy() < 20, (shift**2 / (2 * std**2)).sum(), 0.0)
+    now, old = (x.numpy().astype(np.float64) for x in (batch.stds[-1], batch.stds[0]))
+    apart = np.log(old / now) + (now**2 + shift**2) / (2 * old**2) - 0.5  # KL(now || old), not the other way round
+    kl = np.where(rows.numpy() < 20, apart.sum(), 0.0)
     assert bool(kl.max() <= 0.05) is near
     with torch.no_grad():
         log_new = learner.actor(batch.observations[rows]).log_prob(batch.actions[rows]).sum(-1).numpy()

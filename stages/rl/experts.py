@@ -141,6 +141,8 @@ def planned(params: Params, task_name: str, seed: int) -> list[Run]:
 
 def save_points(iterations: int, policies: int, save_from: float) -> list[int]:
     """The iteration numbers (counted from 1) after which a policy is saved; strictly rising, the last included."""
+    if policies == 1:  # linspace would give its first point
+        return [iterations]
     first = max(1, round(iterations * save_from))
     return sorted({int(point) for point in np.linspace(first, iterations, policies).round()})
 

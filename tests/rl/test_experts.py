@@ -44,6 +44,7 @@ def test_save_points_rise_and_end_with_the_last_iteration():
     assert save_points(60, 4, 0.25) == [15, 30, 45, 60]
     assert save_points(3, 14, 0.2) == [1, 2, 3]
     assert save_points(1, 1, 0.0) == [1]
+    assert save_points(60, 1, 0.25) == [60]
 
 
 def test_writes_policies_that_load_with_an_index_that_names_them(tmp_path):

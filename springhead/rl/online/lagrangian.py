@@ -25,13 +25,14 @@ def ramp(start: float, end: float, ramp_from: float, ramp_until: float, fraction
 class PIDLagrangian:
     """The multiplier of the cost, driven by how far the cost is from its limit (Stooke et al. 2020, algorithm 2).
 
-    Three variants are in use. With e the error, I its integral and e_old the last error:
+    Three variants are in use; none is quite that of the authors' own code, which smooths P and D and takes D from the
+    cost's rise, not the error's. With e the error, I its integral and e_old the last error:
 
     ========= ==================================== ==============================================================
     variant   integral                             multiplier
     ========= ==================================== ==============================================================
     signed    max(0, I + e)                        max(0, kp e + ki I + kd max(0, e - e_old)): FSRL
-    rectified max(0, I + e)                        max(0, kp max(0, e) + ki I + kd max(0, e - e_old)): OSRL, paper
+    rectified max(0, I + e)                        max(0, kp max(0, e) + ki I + kd max(0, e - e_old)): OSRL
     memory    max(-0.3 / ki, I + e)                clip(kp e + ki I + kd max(0, e - e_old), 0, cap): FCSRL
     ========= ==================================== ==============================================================
 

@@ -8,8 +8,9 @@ Deviations, each on purpose, beside those of ``on_policy.py``:
 
 1. One clipped surrogate of the combined advantage (A_r - lambda A_c) / (1 + lambda). FSRL, whose experts made the
    DSRL data, clips the reward part only, so that a large multiplier can carry the policy far outside the trust region.
-2. The proportional term of the multiplier uses the signed error and lambda has no cap, as in FSRL; Stooke et al.
-   rectify the error. The signed term lets go of the multiplier as soon as the policy is safer than its limit.
+2. The multiplier's rule is FSRL's: the D term follows the rise of the error, so a falling limit counts, too; the code
+   of Stooke et al. takes the rise of the cost, and smooths P and D. The P term is signed in both: it lets go of the
+   multiplier as soon as the policy is safer than its limit. There is no cap.
 3. Advantages are standardised once per iteration, over the whole batch: the few rows of a minibatch have a mean and
    a scale of their own, and where cost is rare a minibatch without any would be scaled up to noise.
 4. The policy stops within an epoch, at the first minibatch that it has moved too far on; critics go on learning.

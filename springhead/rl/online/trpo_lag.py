@@ -12,7 +12,7 @@ Deviations, each on purpose, beside those of ``on_policy.py``:
 
 1. Where no trial of the line search is accepted the old policy is kept. FSRL writes the last trial's parameters over
    it, which violate the bound or are worse.
-2. The signed PID rule of the multiplier, as in FSRL and PPO-Lag.
+2. The PID rule of the multiplier is FSRL's, as in PPO-Lag.
 3. Critics are fitted after all policy steps, by minibatches. FSRL takes ``critic_steps`` full-batch steps after each
    of its policy steps, too few to follow the returns of a short run.
 

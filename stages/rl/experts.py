@@ -121,9 +121,12 @@ def configuration(params: Params, task_name: str, name: str, seed: int) -> Onlin
         raise BadInput(f"params.yaml: rl.experts.tasks has no entry {task_name!r}; add its iterations and cost limits")
     schedule = asdict(params.tasks[task_name])
     own = schedule.pop("settings").get(name, {})
-    values = {"task": task_name, "seed": seed, **schedule, **params.algorithms.get(name, {}), **own}
+    values = {"task": task_name, "seed": seed, **schedule, **params.algorithms.get(name, {})}
     config_class, _ = algorithm(name)
-    return load(config_class, values, f"params.yaml: rl.experts.algorithms.{name}")
+    made = load(config_class, values, f"params.yaml: rl.experts.algorithms.{name}")
+    if own:  # once more with the task's own, so that an error names the place that has to be mended
+        made = load(config_class, {**values, **own}, f"params.yaml: rl.experts.tasks.{task_name}.settings.{name}")
+    return made
 
 
 def planned(params: Params, task_name: str, seed: int) -> list[Run]:

@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json
 from springhead.lineage.digests import tree_digest
+from springhead.params import load, overlay, read_params
 from springhead.rl.networks import load_expert
+from springhead.rl.online.algorithms import ALGORITHMS
 from springhead.stage import for_test
 from stages.rl import experts
-from stages.rl.experts import Params, Schedule, save_points
+from stages.rl.experts import Params, Schedule, configuration, save_points
 
 pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
 
 SMALL = {"episodes_per_iteration": 2, "num_envs": 2, "hidden": [8], "epochs": 1, "minibatch": 100}
 PARAMS = Params(
@@ -158,6 +162,24 @@ def test_worker_processes_change_no_byte(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    "profile",
+    [None, *sorted((ROOT / "pipelines/profiles").glob("*.yaml"))],
+    ids=lambda path: path.stem if path else "quick",
+)
+def test_the_projects_parameters_configure_every_algorithm_for_every_task(profile):
+    params = read_params(ROOT / "params.yaml")
+    if profile is not None:
+        params = overlay(params, read_params(profile), profile.name)
+    loaded = load(Params, params["rl"]["experts"], "rl.experts")
+    assert set(loaded.algorithms) == set(ALGORITHMS) == set(loaded.runs)
+    for name in ALGORITHMS:
+        for task, schedule in loaded.tasks.items():
+            config = configuration(loaded, task, name, seed=1)
+            assert (config.task, config.cost_limit_end) == (task, schedule.cost_limit_end)
+    assert set(params["rl"]["tasks"]) <= set(loaded.tasks)
+
+
 @pytest.mark.fault
 def test_bad_parameters_are_named(tmp_path):
     stage = for_test(PARAMS, tmp_path / "out", {}, {"task": "CarRun"})
@@ -172,5 +194,14 @@ def test_bad_parameters_are_named(tmp_path):
     wrong = dataclasses.replace(PARAMS, algorithms={"ppo-lag": {"learning_rat": 0.1}})
     with pytest.raises(BadInput, match=r"ppo-lag\.learning_rat: unknown parameter; did you mean 'learning_rate'"):
         experts.run(for_test(wrong, tmp_path / "wrong", {}, {"task": "BallRun"}))
+    wrong = dataclasses.replace(PARAMS, algorithms={"ppo-lag": {**SMALL, "minibatch": 0}})
+    with pytest.raises(
+        BadInput, match=r"^params\.yaml: rl\.experts\.algorithms\.ppo-lag: minibatch is 0; use at least 1"
+    ):
+        experts.run(for_test(wrong, tmp_path / "range", {}, {"task": "BallRun"}))
+    schedule = dataclasses.replace(PARAMS.tasks["BallRun"], settings={"ppo-lag": {"epoch": 2}})
+    wrong = dataclasses.replace(PARAMS, tasks={"BallRun": schedule})
+    with pytest.raises(BadInput, match=r"rl\.experts\.tasks\.BallRun\.settings\.ppo-lag\.epoch: unknown parameter"):
+        experts.run(for_test(wrong, tmp_path / "settings", {}, {"task": "BallRun"}))
     with pytest.raises(BadInput, match="unknown task"):
         experts.run(for_test(PARAMS, tmp_path / "other", {}, {"task": "BalRun"}))

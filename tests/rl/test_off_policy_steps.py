@@ -207,6 +207,8 @@ def test_the_e_step_weighs_by_the_solved_dual_and_the_released_one_subtracts_the
         trained = learner("cvpo", released=released)
         spread_critics(trained)
         trained.threshold = 5.0
+        assert trained.own["dual"].tolist() == ([1.0, 0.0] if released else [1.0, 1.0])
+        trained.own["dual"].data.fill_(1.0)
         observations = batch_of(trained).observations
         before = trained.own["dual"].detach().clone()
         actions, weights, mean, std = trained.expectation(observations, noise())

@@ -19,12 +19,15 @@ Deviations, each on purpose, beside those of ``off_policy.py``:
 1. The dual is solved at every step, by a projected Newton method that starts from the last solution (it is convex in
    two variables and its Hessian is a covariance). FSRL takes one Adam step, so its multiplier runs behind.
 2. The weights use Q_r - lambda Q_c. In FSRL the penalty is applied in place twice, with the old and the new lambda.
-3. pi_old is a moving average of the policy, like the target critics. A copy renewed at every gradient step would
-   make both KL terms vacuous, since they and their gradients are 0 there.
+3. pi_old is a moving average of the policy, like the target critics; FSRL copies the policy once per collection. A
+   copy renewed at every gradient step would make both KL terms vacuous, since they and their gradients are 0 there.
 4. Critics see the executed, clipped actions; likelihoods are of the sampled ones, since clipping piles probability
-   up at the bounds.
+   up at the bounds. FSRL shows its critics the sampled ones in the E-step.
+5. The likelihood is the expectation under q, a sum over the K actions; FSRL divides it by K once more, which makes
+   the divergences' multipliers K times stronger beside it.
+6. alpha goes on from one collection to the next, by plain steps; FSRL begins at 0 after each, by Adam's.
 
-``released`` brings back FSRL: 1, 2, the smaller of the two cost estimates, raw observations.
+``released`` brings back FSRL in 1 and 2, the smaller of the two cost estimates, raw observations.
 """
 
 from __future__ import annotations
@@ -185,7 +188,8 @@ class CVPO(OffPolicy):
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.targets["actor"] = self.target_actor
         # (eta, lambda) and (alpha_mu, alpha_sigma).
-        self.own["dual"] = nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=config.released)
+        start = torch.tensor([1.0, 0.0 if config.released else 1.0], dtype=torch.float64)
+        self.own["dual"] = nn.Parameter(start, requires_grad=config.released)
         self.own["alpha"] = nn.Parameter(torch.zeros(2), requires_grad=False)
         if config.released:
             self.optimisers["dual"] = self.adam([self.own["dual"]], config.dual_lr)

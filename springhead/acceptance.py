@@ -14,9 +14,10 @@ from typing import Any
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json, write_json_atomic
 from springhead.keys import Keys
+from springhead.lineage.accepted import acceptances
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.lineage.ledger import Ledger
-from springhead.rl.drift import accepted_path
+from springhead.rl.drift import accepted_path, read_accepted
 from springhead.rl.tasks import task
 
 
@@ -29,7 +30,7 @@ class Acceptance:
         path: The profile, in git's hands.
         data_digest: Digest of the accepted data set's folder.
         before: That of the one accepted before, or None.
-        entry: The ledger entry; None where the same data were accepted already.
+        entry: The ledger entry; None where this very profile was accepted last.
     """
 
     stage: str
@@ -52,7 +53,8 @@ def accept(stage: str, root: Path, home: Path) -> Acceptance:
         home: Its state folder.
 
     Raises:
-        BadInput: If the stage is none that judges drift, or has not judged the data that are there now.
+        BadInput: If the stage is none that judges drift, or has not judged the data that are there now; if the
+            profile accepted before is damaged.
         Finding: If the data failed validation.
     """
     step, _, name = stage.partition("@")
@@ -69,19 +71,23 @@ def accept(stage: str, root: Path, home: Path) -> Acceptance:
     if not read_json(made / "verdict.json")["success"]:
         raise Finding(f"{stage}: these data failed validation, see {made / 'verdict.json'}; mend them first")
     path = accepted_path(root, of.name)
-    profile = read_json(made / "profile.json")
-    before = read_json(path).get("data_digest") if path.is_file() else None
-    if before == digest:
+    where, ledger = path.relative_to(root).as_posix(), Ledger(home)
+    profile, known = read_json(made / "profile.json"), read_accepted(path, of)
+    before = None if known is None else str(known["data_digest"])
+    last = acceptances(ledger.entries(), where)[-1:]
+    # Both must say so: a profile may have come with `git pull`, been edited, or been written before a kill.
+    if known == profile and [body["profile"] for body in last] == [file_digest(path)]:
         return Acceptance(stage, path, digest, before, None)
     write_json_atomic(path, profile)
     body = {
         "stage": stage,
+        "path": where,
         "data": digest,
         "before": before,
         "verdict": file_digest(made / "verdict.json"),
         "profile": file_digest(path),
     }
-    entry = Ledger(home).append("acceptance", body, Keys.of(root, home))
+    entry = ledger.append("acceptance", body, Keys.of(root, home))
     return Acceptance(stage, path, digest, before, int(entry["seq"]))
 
 

@@ -262,7 +262,7 @@ def accept(
         typer.echo(f"{stage}: data {found.data_digest[:12]} are the accepted ones already")
         return
     typer.echo(f"accepted data {found.data_digest[:12]}: {path}, ledger entry {found.entry}")
-    typer.echo(f"commit it: git add {path}; `dvc repro {stage}` writes drift.json anew, and trains nothing")
+    typer.echo(f"commit it: git add {path}; `dvc repro rl-validate` writes each drift.json anew, and trains nothing")
 
 
 @app.command()

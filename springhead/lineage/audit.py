@@ -16,6 +16,7 @@ from springhead.declared import is_data
 from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import read_json
 from springhead.keys import changed_keys
+from springhead.lineage import accepted
 from springhead.lineage.digests import dependency_digest, files_digest
 from springhead.lineage.dvcfiles import cache_objects, directory_md5, file_md5
 from springhead.lineage.head import FILE as HEAD
@@ -69,6 +70,7 @@ def audit(
         check_code,
         check_ledger,
         check_verdicts,
+        accepted.check,
     ]
     for check in [*checks, check_signatures]:
         check(workspace)

@@ -28,7 +28,7 @@ _KEYS = ("seq", "prev", "time", "kind", "body")
 _BODY = {
     "execution": ("execution", "stage", "receipt"),
     "promotion": ("model", "version", "digest"),
-    "acceptance": ("stage", "data"),
+    "acceptance": ("stage", "path", "data", "profile"),
 }
 
 

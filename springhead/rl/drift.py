@@ -114,13 +114,24 @@ def read_accepted(path: Path, task: Task) -> Profile | None:
     """
     if not path.is_file():
         return None
-    found = read_json(path)
-    keys = ("data_digest", "episodes", "cost_rate", "quantities")
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or any(key not in found for key in keys):
+    found: Profile = read_json(path)
+    if not _is_profile(found):
         raise BadInput(f"{path}: not a profile of format {_FORMAT}; restore it with `git checkout`, or remove it")
     if found.get("task") != task.name:
         raise BadInput(f"{path}: is the profile of {found.get('task')}, not of {task.name}; restore it from git")
     return found
+
+
+def _is_profile(found: Any) -> bool:
+    """Whether a value has all that :func:`compare` reads."""
+    try:
+        lists = [[entry[key] for key in ("values", "below", "up_to")] for entry in found["quantities"].values()]
+        numbers = [found["episodes"], found["cost_rate"], *(x for three in lists for one in three for x in one)]
+        whole = all(len(values) == len(below) == len(up_to) for values, below, up_to in lists)
+    except (KeyError, TypeError, AttributeError):
+        return False
+    sound = all(isinstance(number, int | float) for number in numbers) and isinstance(found.get("data_digest"), str)
+    return whole and sound and found.get("format") == _FORMAT
 
 
 def compare(data: Dataset, now: Profile, before: Profile) -> pd.DataFrame:

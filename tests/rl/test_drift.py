@@ -99,7 +99,21 @@ def test_a_damaged_or_foreign_profile_is_refused_by_name(tmp_path: Path) -> None
     write_json(path, {"format": 1, "task": "BallCircle"})
     with pytest.raises(BadInput, match=r"BallCircle\.json: not a profile of format 1"):
         drift.read_accepted(path, BALL)
-    write_json(path, {**profile(dataset([(1.0, 1)]))[1], "task": "CarRun"})
+    sound_one = profile(dataset([(1.0, 1)]))[1]
+    length = sound_one["quantities"]["length"]
+    for damage in (
+        {"episodes": "6"},
+        {"cost_rate": None},
+        {"data_digest": 5},
+        {"quantities": [length]},
+        {"quantities": {"length": {**length, "values": [1.0, 2.0]}}},
+        {"quantities": {"length": {**length, "up_to": ["1"]}}},
+        {"quantities": {"length": {"mean": 1.0}}},
+    ):
+        write_json(path, {**sound_one, **damage})
+        with pytest.raises(BadInput, match=r"BallCircle\.json: not a profile of format 1"):
+            drift.read_accepted(path, BALL)
+    write_json(path, {**sound_one, "task": "CarRun"})
     with pytest.raises(BadInput, match="is the profile of CarRun, not of BallCircle"):
         drift.read_accepted(path, BALL)
 
@@ -246,7 +260,7 @@ def test_the_command_accepts_says_what_to_do_next_and_refuses_in_one_line(
     assert main(["accept", STAGE]) == 0
     said = capsys.readouterr().out
     assert "data/accepted/rl/BallCircle.json, ledger entry 0" in said
-    assert f"git add data/accepted/rl/BallCircle.json; `dvc repro {STAGE}`" in said
+    assert "git add data/accepted/rl/BallCircle.json; `dvc repro rl-validate`" in said
     assert main(["accept", STAGE]) == 0
     assert "are the accepted ones already" in capsys.readouterr().out
     assert main(["accept", "rl-train@BallCircle-bc-0"]) == 2

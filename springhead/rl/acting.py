@@ -200,8 +200,14 @@ def _check(config: ExpertConfig, weights: Mapping[str, Floats]) -> None:
     if found != expected:
         raise BadInput(f"weights of the shapes {found} where the policy's configuration asks for {expected}")
     for name, value in weights.items():
-        if value.dtype != np.float32 or not np.isfinite(value).all():
-            raise BadInput(f"weight {name} is not float32 or holds a value that is not finite")
+        if value.dtype != np.float32:
+            raise BadInput(f"weight {name} is not float32 but {value.dtype}")
+        if not np.isfinite(value).all():
+            where = f"task {config.task}, algorithm {config.algorithm}, {config.env_steps} environment steps"
+            raise BadInput(
+                f"{where}: weight {name} holds a number that is not finite; the training has diverged. Lower the learning "
+                "rates or the step size"
+            )
 
 
 def save_expert(folder: Path, policy: ExpertPolicy) -> None:

@@ -199,6 +199,13 @@ def test_a_number_that_is_not_finite_stops_the_training_and_keeps_the_last_check
 
 
 @pytest.mark.fault
+def test_a_policy_that_a_last_step_blew_up_does_not_act(tmp_path):
+    learner = learner_of("focops")
+    with pytest.raises(BadInput, match=r"task BallRun, algorithm focops, 300 .* log_std .* not finite; .* Lower"):
+        poisoned(learner, tmp_path, 1, learner.actor.log_std, math.inf)  # no loss has seen it yet
+
+
+@pytest.mark.fault
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     learner = learner_of("ppo-lag")
     with pytest.raises(BadInput, match=r"iteration 2: modules\.cost_critic\.2\.bias holds a number that is not finite"):

@@ -205,8 +205,8 @@ def _check(config: ExpertConfig, weights: Mapping[str, Floats]) -> None:
         if not np.isfinite(value).all():
             where = f"task {config.task}, algorithm {config.algorithm}, {config.env_steps} environment steps"
             raise BadInput(
-                f"{where}: weight {name} holds a number that is not finite; the training has diverged. Lower the learning "
-                "rates or the step size"
+                f"{where}: weight {name} holds a number that is not finite; the training has diverged. Lower the "
+                "learning rates or the step size"
             )
 
 

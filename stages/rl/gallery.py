@@ -63,8 +63,9 @@ def film_one(out: Path, folder: Path, expert: dict[str, Any], of: Task, seed: in
     """Films one episode of an expert's mean actions and returns its entry of ``gallery.json``."""
     every = max(1, of.horizon // params.pictures)
     known = {key: expert[key] for key in ("name", "digest", "algorithm", "cost_limit", "seed")}
+    policy = load_expert(folder)
     try:
-        pictures, episode = record(of.name, load_expert(folder), seed, float(expert["cost_limit"]), every)
+        pictures, episode = record(of.name, policy, seed, float(expert["cost_limit"]), every)
     except BadInput as error:  # no renderer on this machine
         return {**known, "film": None, "why": str(error)}
     film.write_gif(out, pictures, episode, every, params.colours)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FAULTS = [f"F{number}" for number in range(1, 34)]
+FAULTS = [f"F{number}" for number in range(1, 41)]
 
 
 def rows() -> dict[str, list[str]]:

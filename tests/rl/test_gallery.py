@@ -1,5 +1,6 @@
 """Films: the right policies act, the film is theirs, and a machine that cannot draw stops nothing."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_a_task_that_cannot_be_drawn_says_why_instead_of_a_film(
     assert entries["safe"]["film"] is None
     assert entries["safe"]["why"].startswith("MuJoCo cannot draw here")
     assert list((tmp_path / "out").glob("*.gif")) == []
+
+
+@pytest.mark.fault
+def test_an_expert_that_cannot_be_read_stops_the_stage(experts: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "experts"
+    shutil.copytree(experts, damaged)
+    (damaged / "runs/config.json").unlink()
+    with pytest.raises(BadInput, match=r"runs"):
+        run(damaged, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("key", "value"), [("pictures", 0), ("colours", 300), ("colours", 4)])

@@ -117,8 +117,8 @@ def test_a_task_that_cannot_be_drawn_says_why_instead_of_a_film(
 def test_an_expert_that_cannot_be_read_stops_the_stage(experts: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "experts"
     shutil.copytree(experts, damaged)
-    (damaged / "runs/config.json").unlink()
-    with pytest.raises(BadInput, match=r"runs"):
+    (damaged / "runs/policy.json").unlink()
+    with pytest.raises(BadInput, match=r"runs.policy\.json"):
         run(damaged, tmp_path / "out")
 
 

@@ -159,6 +159,8 @@ def _run(
     seen.update(ended.encode())
     demand(known.terminates or ended != "terminated", f"an episode terminated at step {len(rewards)}; set terminates")
     demand(ended != "running" or len(rewards) < known.horizon, "an episode went on past the horizon")
+    early = f"an episode was truncated at step {len(rewards)}, before the horizon; leave time to the entry's horizon"
+    demand(ended != "truncated" or len(rewards) == known.horizon, early)
     sums = np.stack(parts).sum(axis=0, dtype=np.float64)
     return Conduct(
         task=known.name,

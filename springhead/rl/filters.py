@@ -324,19 +324,20 @@ def outliers(
     """
     number = max(1, int(len(returns) * settings.fraction))
     candidates = np.flatnonzero((costs >= highest[0] / 2) & (returns >= highest[1] / 2))
-    check_candidates(len(candidates), number, len(returns))
+    check_candidates(len(candidates), number, len(returns), highest)
     value = np.full(len(returns), np.nan)
     value[candidates] = rng.permutation(len(candidates)) + 1.0
     threshold = np.full(len(returns), float(number))
     return Judgement("outliers", np.arange(len(returns)), ~(value <= number), value, threshold)
 
 
-def check_candidates(candidates: int, number: int, total: int) -> None:
-    """Raises BadInput where fewer episodes can be falsified than are to be."""
+def check_candidates(candidates: int, number: int, total: int, highest: tuple[float, float]) -> None:
+    """Raises BadInput where fewer episodes can be falsified than are to be, given the highest (cost, return)."""
     if candidates < number:
         raise BadInput(
-            f"filter outliers: {number} of {total} episodes are to be falsified, but only {candidates} "
-            "have high cost and high return; lower the step's fraction in rl.filter.steps"
+            f"filter outliers: {number} of {total} episodes are to be falsified, but only {candidates} have at least "
+            f"half of the highest cost, {highest[0]:g}, and of the highest return, {highest[1]:g}; in rl.filter.steps "
+            f"{'lower its fraction, ' if candidates else ''}use another box or leave the step out"
         )
 
 

@@ -143,7 +143,7 @@ class Released:
         number = max(1, int(n * settings.fraction))
         high = (self.costs >= task.cost_range[1] / 2) & (self.returns >= task.return_range[1] / 2)
         candidates = np.flatnonzero(high)
-        filters.check_candidates(len(candidates), number, n)
+        filters.check_candidates(len(candidates), number, n, (task.cost_range[1], task.return_range[1]))
         self.drawn = self.rng.choice(candidates, size=number, replace=False)
         claimed = self.rng.choice(np.arange(int(settings.cost_limit)), size=number)
         lengths = (self.state.data.ends - self.state.data.starts)[self.state.at]

@@ -49,7 +49,7 @@ class Corridor(gymnasium.Env):
             info["price"] = info["cost_wall"] = 3.0
         if self.fault == "odd":
             info["price"] = 1.0 - info["price"]
-        return self.state, float(self.state[0] - before), self.fault == "ends", False, info
+        return self.state, float(self.state[0] - before), self.fault == "ends", self.fault == "impatient", info
 
     def render(self):
         picture = np.full((40, 60, 3), 255, dtype=np.uint8)

@@ -166,6 +166,7 @@ def test_a_wrong_entry_is_named(checkout, changes, message):
         ({"options": {"fault": "dear"}}, "the cost is 3.0; set cost_kind to continuous"),
         ({"options": {"fault": "odd"}}, "the cost is 1.0, the maximum of its sub-costs 0.0"),
         ({"options": {"fault": "ends"}}, "an episode terminated at step 1; set terminates"),
+        ({"options": {"fault": "impatient"}}, "truncated at step 1, before the horizon; leave time to the entry"),
         ({"options": {"fault": "deaf"}}, "another seed gives the same episode; reset must use its seed"),
         ({"options": {"fault": "leaky"}}, "an episode depends on the ones before it, not on its seed alone"),
         ({"options": {"fault": "entropy"}}, "an episode depends on the ones before it, not on its seed alone"),

@@ -6,8 +6,9 @@
 
 Settings are in ``benchmarks/experts_settings.yaml``. A run trains under one cost limit from seeded resets and then
 acts by its mean for 20 episodes that no training run saw, twice: with the policy of the last iteration and with the
-one that the feasible-first rule chose by the training figures alone. Each writes a file of its own, ``run`` goes on
-where it was stopped (checkpoints included), and ``table`` reads the files and nothing else.
+one that the feasible-first rule chose by the training figures alone, those of the episodes that this very policy ran.
+Each writes a file of its own, ``run`` goes on where it was stopped (checkpoints included), and ``table`` reads the
+files and nothing else.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def execute(run: Run, overrides: dict[str, Any], scratch: Path, results: Path, q
                 last = history[-1]
                 bar.advance(len(history) - bar.done, episode_return=last.episode_return, cost=last.cost_return)
     # The last quarter: before it the policy has hardly learned, and a lucky early batch is no evidence of safety.
-    first = len(history) * 3 // 4
+    # An iteration's episodes are run by the policy that the iterations before it made.
+    first = max(1, len(history) * 3 // 4)
     chosen = first + feasible_first(history[first:])
     result = {
         **asdict(run),
@@ -138,7 +140,7 @@ def execute(run: Run, overrides: dict[str, Any], scratch: Path, results: Path, q
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "last": evaluate(load_expert(saved / f"{len(history):05d}"), run.task),
-        "feasible_first": {"iteration": chosen + 1, **evaluate(load_expert(saved / f"{chosen + 1:05d}"), run.task)},
+        "feasible_first": {"iteration": chosen, **evaluate(load_expert(saved / f"{chosen:05d}"), run.task)},
         "curve": [
             [figures.env_steps, round(figures.episode_return, 2), round(figures.cost_return, 2)]
             for figures in history[:: max(1, len(history) // 40)]

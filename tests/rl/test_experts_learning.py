@@ -2,9 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks.experts_learning import Run, execute, has_result
+from benchmarks.experts_learning import Run, configuration, execute, has_result
+from springhead.rl.acting import load_expert
+from springhead.rl.online.rollouts import episode_seeds, roll_out
+from springhead.rl.workers import EpisodeWorkers
 
 pytestmark = pytest.mark.unit
 
@@ -27,3 +31,18 @@ def test_a_result_counts_for_its_own_settings_only(tmp_path):
     assert json.loads((tmp_path / "BallRun-focops-0.json").read_text())["last"] == made["last"]
     assert has_result(RUN, SMALL, tmp_path)
     assert not has_result(RUN, {**SMALL, "epochs": 2}, tmp_path)
+
+
+def test_the_chosen_policy_is_the_one_that_ran_the_episodes_it_was_chosen_by(tmp_path):
+    """Not the one that came out of that iteration: one update can carry a policy far over its limit."""
+    changes = {**SMALL, "iterations": 4, "learning_rate": 0.01, "epochs": 5}
+    made = execute(RUN, changes, tmp_path / "scratch", tmp_path, quiet=True)
+    chosen = made["feasible_first"]["iteration"]
+    assert chosen == 3
+    policy = load_expert(tmp_path / "scratch" / RUN.name / f"policies/{chosen:05d}")
+    config = configuration(RUN, changes)
+    with EpisodeWorkers("BallRun", 2) as workers:
+        episodes = roll_out(workers, policy, episode_seeds(config, chosen), 20.0)
+    _, episode_return, cost_return = made["curve"][chosen]
+    assert np.mean([episode.episode_return for episode in episodes]) == pytest.approx(episode_return, abs=0.01)
+    assert np.mean([episode.cost_return for episode in episodes]) == pytest.approx(cost_return, abs=0.01)

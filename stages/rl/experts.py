@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from springhead.lineage.digests import tree_digest
 from springhead.params import load
 from springhead.rl.acting import save_expert
 from springhead.rl.online.algorithms import ALGORITHMS, algorithm
-from springhead.rl.online.contract import Figures, OnlineConfig
+from springhead.rl.online.contract import Figures, Learner, OnlineConfig
+from springhead.rl.online.rollouts import episode_seeds, roll_out
 from springhead.rl.online.training import feasible_first, train
 from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers
@@ -172,9 +173,10 @@ def train_run(stage: Stage[Params], run: Run) -> tuple[list[dict[str, Any]], lis
                 folder = scratch / "policies" / f"{run.name}-{points.index(len(history)):02d}"
                 shutil.rmtree(folder, ignore_errors=True)
                 save_expert(folder, learner.policy())
+        reached = own_figures(learner, workers, history)
     for folder in sorted((scratch / "policies").iterdir()):
         shutil.copytree(folder, stage.out / folder.name)
-    saved = [history[point - 1] for point in points]
+    saved = [reached[point - 1] for point in points]
     chosen = feasible_first(saved)
     entries = [
         entry(stage.out / f"{run.name}-{index:02d}", run, figures, index == chosen)
@@ -183,8 +185,24 @@ def train_run(stage: Stage[Params], run: Run) -> tuple[list[dict[str, Any]], lis
     return entries, history
 
 
+def own_figures(learner: Learner, workers: EpisodeWorkers, history: list[Figures]) -> list[Figures]:
+    """What the policy that came out of each iteration reached itself, with sampled actions.
+
+    An iteration's episodes are run by the policy before its update, and one update can carry a policy far over its
+    limit. So return and cost are those of the next iteration's episodes; the last policy runs as many for itself.
+    """
+    seeds = episode_seeds(learner.config, len(history))
+    last = roll_out(workers, learner.policy(), seeds, history[-1].cost_limit)
+    reached = [(figures.episode_return, figures.cost_return) for figures in history[1:]]
+    reached.append((float(np.mean([e.episode_return for e in last])), float(np.mean([e.cost_return for e in last]))))
+    return [
+        replace(figures, episode_return=episode_return, cost_return=cost_return)
+        for figures, (episode_return, cost_return) in zip(history, reached, strict=True)
+    ]
+
+
 def entry(folder: Path, run: Run, figures: Figures, chosen: bool) -> dict[str, Any]:
-    """A policy's line in ``index.json``; its figures are those of the iteration it came out of.
+    """A policy's line in ``index.json``; limit and steps are those of the iteration it came out of.
 
     ``chosen`` marks the run's best policy under the limit that it ended with: feasible first, then by return.
     """

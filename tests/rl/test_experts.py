@@ -9,14 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json
 from springhead.lineage.digests import tree_digest
 from springhead.params import load, overlay, read_params
+from springhead.rl.envs import run_episodes
 from springhead.rl.networks import load_expert
 from springhead.rl.online.algorithms import ALGORITHMS
+from springhead.rl.online.rollouts import episode_seeds
 from springhead.stage import for_test
 from stages.rl import experts
 from stages.rl.experts import Params, Schedule, configuration, save_points
@@ -66,7 +69,19 @@ def test_writes_policies_that_load_with_an_index_that_names_them(tmp_path):
         assert (policy.config.cost_limit, policy.config.seed) == (line["cost_limit"], line["seed"])
         assert policy.config.env_steps == line["env_steps"]
     assert index[0]["cost_limit"] > index[2]["cost_limit"] == 0.0
-    assert len((stage.out / "history.csv").read_text().splitlines()) == 1 + 2 * 4
+    lines = list(csv.DictReader((stage.out / "history.csv").open()))
+    assert len(lines) == 2 * 4
+    # What a policy reached is what the episodes show that it ran itself: those of the iteration after it.
+    following = {(line["run"], int(line["env_steps"])): line for line in lines}
+    for number, line in enumerate(index):
+        if number % 3 < 2:
+            shown = following[str(number // 3), line["env_steps"] + 200]
+            assert line["episode_return"] == pytest.approx(float(shown["episode_return"]), rel=1e-5)
+            assert line["cost_return"] == pytest.approx(float(shown["cost_return"]), rel=1e-5)
+    seeds = episode_seeds(configuration(PARAMS, "BallRun", "ppo-lag", index[5]["seed"]), 4)
+    ran = run_episodes("BallRun", load_expert(stage.out / index[5]["name"], seeds), seeds, 0.0, 2)
+    assert index[5]["episode_return"] == pytest.approx(np.mean([episode.episode_return for episode in ran]))
+    assert index[5]["cost_return"] == pytest.approx(np.mean([episode.cost_return for episode in ran]))
     assert stage.record.metrics["policies"] == 6
     assert [model["path"] for model in stage.record.models] == [line["name"] for line in index]
 

@@ -52,13 +52,14 @@ def train(learner: Learner, scratch: Path, checkpoint_every: int = 10) -> Iterat
 
 
 def feasible_first(history: Sequence[Figures], limit: float | None = None) -> int:
-    """Chooses a policy by what its iteration's episodes did: any that keeps the limit beats any that does not.
+    """Chooses a policy by what its own episodes did: any that keeps the limit beats any that does not.
 
     Among those that keep it the highest return wins, among the others the lowest cost (FSRL's rule); the earlier one
     at a tie.
 
     Args:
-        history: The candidates' figures, at least one.
+        history: The candidates' figures, at least one: of the episodes that each ran itself. An iteration's are those
+            of the policy before its update, which are no evidence about the one after it.
         limit: The mean episode cost to keep; None for the limit in force at the last candidate.
 
     Returns:

@@ -18,19 +18,13 @@ Floats = npt.NDArray[np.float64]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # safe for colour-blind readers
 _MARKERS = "osD^vP"
-
-
 _DROPPED = "#BBBBBB"
 _RULES = ("#999999", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#8C564B")
 
 
 def _canvas(size: tuple[float, float]) -> Figure:
-    import matplotlib
+    from matplotlib.figure import Figure as Canvas  # no pyplot: the user's backend and settings stay as they are
 
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure as Canvas
-
-    matplotlib.rcParams["svg.hashsalt"] = "springhead"
     return Canvas(figsize=size, dpi=110, layout="constrained")
 
 

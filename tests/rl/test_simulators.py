@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -295,7 +296,7 @@ def test_an_episode_that_is_drawn_is_the_same(name):
         pytest.importorskip("metadrive")
     if known.family == "safety-gymnasium":
         try:
-            mujoco_camera._context(8, 8).free()
+            mujoco_camera.Camera(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8, None).close()
         except BadInput as error:
             pytest.skip(str(error))
     every = 250 if name == "PointGoal1" else 5
@@ -329,3 +330,20 @@ def test_a_machine_that_cannot_draw_is_told_why(monkeypatch):
     env.reset(seed=1)
     with pytest.raises(BadInput, match=r"MuJoCo cannot draw here .*install EGL or OSMesa"):
         env.render()
+
+
+def test_where_egl_fails_osmesa_is_tried_for_itself():
+    """What the attempt with EGL leaves in PyOpenGL must not stand in its way, nor in the environment."""
+    code = (
+        "import os, mujoco; from springhead.rl.simulators.mujoco_camera import Camera; before = dict(os.environ)\n"
+        "model = mujoco.MjModel.from_xml_string('<mujoco/>')\n"
+        "try: print('drawn', Camera(model, 8, 8, None).picture(mujoco.MjData(model)).shape)\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+        "assert dict(os.environ) == before"
+    )
+    environment = {**os.environ, "MUJOCO_EGL_DEVICE_ID": "99"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    drawn = done.stdout.startswith("drawn (8, 8, 3)")
+    refused = done.stdout.startswith("BadInput MuJoCo cannot draw here (egl: ") and "; osmesa: " in done.stdout
+    assert drawn or (refused and "PYOPENGL_PLATFORM" not in done.stdout), done.stdout

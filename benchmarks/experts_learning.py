@@ -40,7 +40,6 @@ from springhead.rl.workers import EpisodeWorkers, Group
 ROOT = Path(__file__).parent.parent
 SETTINGS = ROOT / "benchmarks/experts_settings.yaml"
 RESULTS = ROOT / "docs/results/experts"
-PAGE = ROOT / "docs/results/experts.md"
 LIMIT = 20.0
 SLACK = 1.2  # a mean cost up to this many times the limit passes
 SHARE = 0.6  # of the best known safe return
@@ -116,7 +115,6 @@ def execute(run: Run, overrides: dict[str, Any], scratch: Path, results: Path, q
     _, learner_class = algorithm(run.algorithm)
     config = configuration(run, overrides)
     folder = scratch / run.name
-    started, cpu = time.monotonic(), time.process_time()
     history: list[Figures] = []
     saved = folder / "policies"
     with EpisodeWorkers(run.task, config.num_envs) as workers, Progress(config.iterations, run.name) as bar:
@@ -137,8 +135,6 @@ def execute(run: Run, overrides: dict[str, Any], scratch: Path, results: Path, q
         "limit": LIMIT,
         "config": asdict(config),
         "env_steps": history[-1].env_steps,
-        "seconds": round(time.monotonic() - started, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
         "last": evaluate(load_expert(saved / f"{len(history):05d}"), run.task),
         "feasible_first": {"iteration": chosen, **evaluate(load_expert(saved / f"{chosen:05d}"), run.task)},
         "curve": [
@@ -173,7 +169,7 @@ def run_all(wanted: list[tuple[Run, dict[str, Any]]], jobs: int, scratch: Path, 
             print(
                 f"[{number}/{len(todo)}, {duration(time.monotonic() - started)}] {run.name}: return "
                 f"{chosen['episode_return']:.0f}, cost {chosen['cost_return']:.1f} "
-                f"({'passes' if passes(chosen, run.task) else 'misses'}; {made['cpu_seconds']:.0f} s processor time)",
+                f"({'passes' if passes(chosen, run.task) else 'misses'})",
                 flush=True,
             )
 
@@ -189,8 +185,8 @@ def table(results: Path) -> str:
             f"### {name}: cost at most {SLACK * LIMIT:g}, return at least {bar:.0f}",
             "",
             "| algorithm | steps | feasible-first: return | cost | last: return | cost | passes, seeds "
-            f"{', '.join(map(str, SEEDS))} | processor time |",
-            "|---|--:|--:|--:|--:|--:|---|--:|",
+            f"{', '.join(map(str, SEEDS))} |",
+            "|---|--:|--:|--:|--:|--:|---|",
         ]
         for which in settings():
             rows = [r for r in found if (r["task"], r["algorithm"]) == (name, which)]
@@ -209,8 +205,7 @@ def _line(which: str, name: str, rows: list[dict[str, Any]]) -> str:
         cells += [spread(kind, "episode_return", 0), spread(kind, "cost_return", 1)]
     by_seed = {row["seed"]: row for row in rows}
     marks = ["–" if s not in by_seed else "yes" if passes(by_seed[s]["feasible_first"], name) else "no" for s in SEEDS]
-    seconds = np.mean([row["cpu_seconds"] for row in rows])
-    return f"| {which} | {' | '.join(cells)} | {' '.join(marks)} | {seconds:.0f} s |"
+    return f"| {which} | {' | '.join(cells)} | {' '.join(marks)} |"
 
 
 def main() -> None:

@@ -17,13 +17,17 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from springhead.errors import BadInput
+from springhead.errors import BadInput, SpringheadError
 from springhead.rl.dataset import Episode
 from springhead.rl.tasks import TASKS, Task, task
 
-__all__ = ["ActingPolicy", "Episode", "EpisodeRunner", "env_name", "make", "record", "run_episodes"]
+__all__ = ["ActingPolicy", "Episode", "EpisodeRunner", "SimulatorFault", "env_name", "make", "record", "run_episodes"]
 
 Floats = npt.NDArray[np.float32]
+
+
+class SimulatorFault(BadInput):
+    """A simulator failed in a step, or returned a number that is not finite."""
 
 
 class ActingPolicy(Protocol):
@@ -157,6 +161,10 @@ class EpisodeRunner:
 
         Returns:
             One episode per seed, in order.
+
+        Raises:
+            BadInput: If there are too few or too many seeds, or the policy's actions have another shape.
+            SimulatorFault: If a simulator fails in a step.
         """
         if not 1 <= len(seeds) <= self.num_envs:
             raise BadInput(f"{len(seeds)} seeds for {self.num_envs} environments; use 1 to {self.num_envs} per run")
@@ -183,7 +191,7 @@ class _Recorder:
     def __init__(self, env: gymnasium.Env[Floats, Floats], seed: int, horizon: int) -> None:
         # Without gymnasium's wrappers, which count the steps and check the order of calls at a price per step.
         self._env = env.unwrapped
-        self._horizon = horizon
+        self._seed, self._horizon = seed, horizon
         self.observation, _ = self._env.reset(seed=int(seed))
         self.running = True
         self.signals = 0.0, 0.0
@@ -199,11 +207,18 @@ class _Recorder:
 
         Args:
             action: (action_dim,), in [-1, 1]; kept.
+
+        Raises:
+            SimulatorFault: If the simulator fails; names seed and step.
         """
         if not self.running:
             self.signals = 0.0, 0.0
             return
-        self.observation, reward, self._terminated, truncated, info = self._env.step(action)
+        try:
+            self.observation, reward, self._terminated, truncated, info = self._env.step(action)
+        except SpringheadError as error:
+            kind = SimulatorFault if isinstance(error, BadInput) else type(error)
+            raise kind(f"{error} (reset seed {self._seed}, step {len(self._actions)})") from error
         self._actions.append(action)
         self.running = not (self._terminated or truncated or len(self._actions) == self._horizon)
         self.signals = float(reward), float(info["cost"])

@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 from springhead.errors import BadInput, SpringheadError
 from springhead.rl.dataset import Episode
-from springhead.rl.envs import ActingPolicy, EpisodeRunner, discard
+from springhead.rl.envs import ActingPolicy, EpisodeRunner, SimulatorFault, discard
 
 __all__ = ["EpisodeWorkers", "Group", "SimulatorFault", "WorkerDied"]
 
@@ -51,10 +51,6 @@ _START = (
     "from springhead.rl.workers import serve; serve(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))"
 )
 _log = logging.getLogger(__name__)
-
-
-class SimulatorFault(BadInput):
-    """A simulator returned a number that is not finite."""
 
 
 class WorkerDied(SpringheadError):
@@ -123,7 +119,8 @@ class EpisodeWorkers:
             For each group one episode per seed, in order.
 
         Raises:
-            SimulatorFault: If an observation, reward or cost is not finite; names task, seed, step and array.
+            SimulatorFault: If a simulator fails, or an observation, reward or cost is not finite; names task, seed,
+                step and array.
             WorkerDied: If a group's worker died three times; names task, seeds and how it ended.
             BadInput: If a policy cannot be sent to a worker, acts by numbers that are not finite, or has no episode
                 in its group or more than ``num_envs``.

@@ -142,3 +142,22 @@ def test_bad_requests_are_named():
         envs.EpisodeRunner("BallRun", 0)
     with pytest.raises(BadInput, match="3 seeds for 2 environments"):
         envs.EpisodeRunner("BallRun", 2).run(lambda o: o[:, :2], [1, 2, 3])
+
+
+@pytest.mark.fault
+def test_a_simulator_that_fails_in_an_episode_is_named_with_seed_and_step():
+    runner = envs.EpisodeRunner("AntVelocity", 2)
+    steps = 0
+
+    def act(observations):
+        nonlocal steps
+        if steps == 3:
+            runner._envs[1].unwrapped._simulator.data.qvel[:] = np.nan
+        steps += 1
+        return np.zeros((2, 8), dtype=np.float32)
+
+    try:
+        with pytest.raises(envs.SimulatorFault, match=r"AntVelocity: the simulation diverged .*seed 6, step 3\)"):
+            runner.run(act, [5, 6])
+    finally:
+        envs.discard("AntVelocity")

@@ -64,6 +64,11 @@ def test_every_task_keeps_its_word(name):
         )
 
 
+def test_a_check_of_one_step_is_a_check():
+    seen = conduct.check("BallRun", steps=1, other_process=False)
+    assert (seen.steps, seen.ended) == (1, "running")
+
+
 @pytest.mark.parametrize("name", ["BallRun", "DroneRun"])
 def test_nothing_of_short_episodes_is_left(name):
     """A robot that hardly moved keeps solver contacts at its start: the leak that is hardest to see."""

@@ -44,7 +44,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in listed.stdout.splitlines():
-        if name != "dvc.lock" and (ROOT / name).is_file():
+        # What a run in this checkout may have left: its lock, its key, and what was accepted.
+        left = name == "dvc.lock" or name.startswith(("mlflow/trusted-keys/", "data/accepted/rl/"))
+        if not left and (ROOT / name).is_file():
             (where / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, where / name)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -218,7 +218,7 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
             os.killpg(parent.pid, how)  # as Ctrl-C does, which reaches the workers as well
         else:
             parent.send_signal(how)
-        _, errors = parent.communicate(timeout=30)
+        _, errors = parent.communicate(timeout=120)
         assert all(gone(worker) for worker in workers)
         if how == signal.SIGINT:  # one traceback, the parent's
             assert errors.count("Traceback") == 1

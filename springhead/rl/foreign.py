@@ -41,12 +41,14 @@ class Found:
             (``cut`` is 1 and it had one step) ``next_observations`` is empty.
         finished: Whether the file says where it ends.
         cut: Steps at its end that were taken away because the file does not have their successor state.
+        terminal: Whether it ended with a terminal in the file, also where that step was taken away.
     """
 
     index: int
     episode: Episode
     finished: bool = True
     cut: int = 0
+    terminal: bool = False
 
 
 def dsrl_episodes(path: Path, of: Task) -> Iterator[Found]:
@@ -155,15 +157,16 @@ def _flat(path: Path, of: Task, names: Mapping[str, str], at_horizon: bool) -> I
 
 def _episode(index: int, arrays: dict[str, Array], finished: bool) -> Found:
     """Makes an episode of its arrays; rebuilds the successors if there are none."""
+    terminal = bool(arrays["terminals"][-1])
     if "next_observations" in arrays:
-        return Found(index, Episode(**arrays), finished)
+        return Found(index, Episode(**arrays), finished, terminal=terminal)
     states = arrays["observations"]
     if len(states) == 1:
-        return Found(index, Episode(**arrays, next_observations=states[:0]), finished, cut=1)
+        return Found(index, Episode(**arrays, next_observations=states[:0]), finished, 1, terminal)
     shorter = {key: array[:-1] for key, array in arrays.items()}
     at_end = np.arange(len(states) - 1) == len(states) - 2
     shorter |= {"terminals": np.zeros_like(at_end), "timeouts": at_end & finished}
-    return Found(index, Episode(**shorter, next_observations=states[1:]), finished, cut=1)
+    return Found(index, Episode(**shorter, next_observations=states[1:]), finished, 1, terminal)
 
 
 def _array(file: h5py.File, path: Path, key: str, name: str, of: Task) -> h5py.Dataset:
@@ -274,7 +277,8 @@ def minari_episodes(folder: Path, of: Task, cost: str | None) -> Iterator[Found]
             terminals=ends["terminations"],
             timeouts=ends["truncations"],
         )
-        yield Found(number, episode, finished=bool(ends["terminations"][-1] or ends["truncations"][-1]))
+        terminal = bool(ends["terminations"][-1])
+        yield Found(number, episode, terminal or bool(ends["truncations"][-1]), terminal=terminal)
     if number < 0:
         raise BadInput(f"{folder}: no episodes in the data set")
 

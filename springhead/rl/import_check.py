@@ -15,7 +15,8 @@ from springhead.errors import BadInput
 from springhead.home import home
 from springhead.lineage.digests import tree_digest
 from springhead.rl.episodes import EPISODE_KEYS, WIDE_KEYS
-from springhead.rl.importers import D4rl, Dsrl, Minari, episodes_of, judge, minari_folder
+from springhead.rl.import_rules import judge
+from springhead.rl.importers import D4rl, Dsrl, Minari, episodes_of, minari_folder
 from springhead.rl.tasks import Task
 
 Settings = Dsrl | Minari | D4rl

@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from springhead import sources
 from springhead.errors import BadInput
 from springhead.jsonio import write_json
-from springhead.lineage.digests import arrays_digest
 from springhead.rl.dsrl_file import write_stream
 from springhead.rl.episodes import EPISODE_KEYS, Episode
 from springhead.rl.facts import Fact, sums, write_rows
-from springhead.rl.foreign import FLOATS, Found, d4rl_episodes, dsrl_episodes, minari_episodes, unread
+from springhead.rl.foreign import Found, d4rl_episodes, dsrl_episodes, minari_episodes, unread
+from springhead.rl.import_rules import Decision, judge
 from springhead.rl.tasks import Task
 from springhead.tables import write_table
 
@@ -149,18 +149,6 @@ DECISIONS = pa.schema(
 was cut off its end (``value`` says how many), else ``import``. ``source_index`` is its position in the source."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of an episode, and why."""
-
-    id: str
-    rule: str
-    kept: bool
-    value: float | None
-    threshold: float | None
-    why: str = ""
-
-
 def minari_folder() -> Path:
     """The folder in which Minari itself keeps data sets."""
     return Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
@@ -199,53 +187,6 @@ def episodes_of(path: Path, settings: Dsrl | Minari | D4rl, of: Task) -> Iterato
             return minari_episodes(path, of, settings.cost)
         case D4rl():
             return d4rl_episodes(path, of, settings.cost, settings.timeouts == "horizon")
-
-
-def judge(found: Found, of: Task, where: str) -> Decision:
-    """Holds an episode to its task.
-
-    Args:
-        found: The episode.
-        of: The task.
-        where: How messages name the source.
-
-    Returns:
-        The first rule it breaks, in the order unfinished, one step, horizon, finite, action range, cost sign.
-    """
-    episode, horizon = found.episode, of.horizon
-    # Of one step without a successor the arrays differ in length; that is no reason for it to have no id.
-    id_ = (
-        episode.id if len(episode.next_observations) else arrays_digest({k: getattr(episode, k) for k in EPISODE_KEYS})
-    )
-    steps = episode.length + (found.cut if len(episode.next_observations) else 0)
-    here = f"{where}: episode {found.index}"
-    if not found.finished:
-        why = f"{here}: its {steps} steps are followed by no terminal and no time-out; set unfinished: drop to leave"
-        return Decision(id_, "unfinished", False, steps, None, f"{why} them out")
-    if not len(episode.next_observations):
-        return Decision(id_, "one step", False, 1, 2, f"{here}: has one step, whose successor the file does not have")
-    if steps > horizon:
-        return Decision(
-            id_, "horizon", False, steps, horizon, f"{here}: has {steps} steps; {of.name} ends at {horizon}"
-        )
-    for key in FLOATS:
-        wrong = ~np.isfinite(getattr(episode, key).reshape(episode.length, -1)).all(axis=1)
-        if wrong.any():
-            step = int(np.argmax(wrong))
-            why = f"{here}: {key} are not finite at step {step} ({wrong.sum()} such steps)"
-            return Decision(id_, "finite", False, float(wrong.sum()), 0, why)
-    extremes = np.abs(episode.actions).max(axis=1)
-    if extremes.max() > 1:
-        step, value = int(extremes.argmax()), float(extremes.max())
-        return Decision(
-            id_, "action range", False, value, 1, f"{here}: actions reach {value:g} at step {step}, beyond 1"
-        )
-    if episode.costs.min() < 0:
-        step, value = int(episode.costs.argmin()), float(episode.costs.min())
-        return Decision(
-            id_, "cost sign", False, value, 0, f"{here}: costs are {value:g} at step {step}; costs are >= 0"
-        )
-    return Decision(id_, "last step" if found.cut else "import", True, found.cut or None, None)
 
 
 @dataclass
@@ -303,7 +244,8 @@ def examine(path: Path, source: Source, of: Task, known: set[str]) -> Judged:
             )
     if not facts:
         first = next((decision.why for decision in decisions if decision.why), "they are there already")
-        raise BadInput(f"{path}: none of its {len(decisions)} episodes can be imported; {first}")
+        rules = ", ".join(f"{number} by {rule}" for rule, number in _left_out(decisions).items())
+        raise BadInput(f"{path}: none of its {len(decisions)} episodes can be imported (left out: {rules}); {first}")
     return Judged(path, source, decisions, facts)
 
 
@@ -355,20 +297,21 @@ def _write_decisions(path: Path, judged: Sequence[Judged]) -> None:
     write_table(path, columns, DECISIONS)
 
 
+def _left_out(decisions: Sequence[Decision]) -> dict[str, int]:
+    """How many episodes each rule left out."""
+    return dict(Counter(decision.rule for decision in decisions if not decision.kept))
+
+
 def _entry(judged: Judged) -> dict[str, Any]:
     """What the index says of a source."""
     settings = judged.source.settings
-    left_out: dict[str, int] = {}
-    for decision in judged.decisions:
-        if not decision.kept:
-            left_out[decision.rule] = left_out.get(decision.rule, 0) + 1
     entry: dict[str, Any] = {
         "name": judged.name,
         "format": judged.source.format,
         "sha256": settings.sha256,
         "episodes": len(judged.facts),
         "steps": sum(fact.length for fact in judged.facts),
-        "left_out": left_out,
+        "left_out": _left_out(judged.decisions),
         "steps_cut": int(sum(d.value or 0 for d in judged.decisions if d.rule == "last step")),
         "cost": settings.cost if not isinstance(settings, Dsrl) else "costs",
     }

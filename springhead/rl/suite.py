@@ -135,7 +135,9 @@ def episode_table(
     pairs = zip(both, listed_parts, joined.pop("sub_cost_returns_of_data"), strict=True)
     joined["sub_cost_returns_error"] = [_largest_error(a, b) if known else 0.0 for known, a, b in pairs]
     joined["ends"] = joined["ends"].astype("boolean").fillna(True).astype(bool)
-    early = joined["found"] & joined["ends"] & (joined["last_terminal"] != 1) & (joined["length"] < task.horizon)
+    # Files without successor states lose the last step of each episode when they are imported (import_rules.py).
+    full = task.horizon - joined["source"].notna().astype(int)
+    early = joined["found"] & joined["ends"] & (joined["last_terminal"] != 1) & (joined["length"] < full)
     joined["full_length"] = ~early
     joined["length_excess"] = (joined["length"] - task.horizon).clip(lower=0)
     joined.insert(0, ROW, np.arange(len(joined)))

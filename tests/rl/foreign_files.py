@@ -14,10 +14,10 @@ OBSERVATIONS, ACTIONS, HORIZON = 8, 2, 200
 
 
 def make_episodes(lengths=(200, 30, 200), seed=0):
-    """Random episodes of BallCircle's dimensions; the second one ends with a terminal."""
+    """Random episodes of BallCircle's dimensions; one that is shorter than the horizon ends with a terminal."""
     rng = np.random.default_rng(seed)
     made = []
-    for number, length in enumerate(lengths):
+    for length in lengths:
         states = rng.normal(size=(length + 1, OBSERVATIONS)).astype(np.float32)
         ends = np.arange(length) == length - 1
         made.append(
@@ -27,8 +27,8 @@ def make_episodes(lengths=(200, 30, 200), seed=0):
                 rng.uniform(-1, 1, (length, ACTIONS)).astype(np.float32),
                 rng.normal(size=length).astype(np.float32),
                 (rng.random(length) < 0.3).astype(np.float32),
-                ends & (number == 1),
-                ends & (number != 1),
+                ends & (length < HORIZON),
+                ends & (length >= HORIZON),
             )
         )
     return made

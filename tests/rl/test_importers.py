@@ -7,14 +7,16 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json
 from springhead.lineage.digests import tree_digest, tree_files
 from springhead.params import load
-from springhead.rl import foreign, importers
+from springhead.rl import foreign, importers, suite
 from springhead.rl.dsrl_file import read_dsrl
+from springhead.rl.episodes import Episode
 from springhead.rl.facts import ROWS
 from springhead.rl.importers import D4rl, Dsrl, Minari, Source, import_sources
 from springhead.rl.tasks import task
@@ -22,7 +24,8 @@ from springhead.tables import read_table
 from tests.rl.foreign_files import HORIZON, flat, make_episodes, write_hdf5, write_minari
 
 pytestmark = pytest.mark.unit
-TASK = task("BallCircle")
+TASK = replace(task("BallCircle"), terminates=True)
+"""With episodes of all lengths: one that is shorter than the horizon ends with a terminal."""
 
 
 @pytest.fixture
@@ -140,12 +143,22 @@ def change(episode, key, step, value):
     return replace(episode, **{key: array})
 
 
+def timed_out(episode):
+    """Ended by time, whatever ended it before."""
+    ends = np.arange(episode.length) == episode.length - 1
+    return replace(episode, terminals=np.zeros_like(ends), timeouts=ends)
+
+
 FAULTS = [
     ("finite", lambda e: change(e, "observations", 4, np.nan), r"episode 1: observations are not finite at step 4"),
     ("finite", lambda e: change(e, "rewards", 0, np.inf), r"episode 1: rewards are not finite at step 0"),
     ("action range", lambda e: change(e, "actions", 7, -1.5), r"episode 1: actions reach 1\.5 at step 7"),
     ("cost sign", lambda e: change(e, "costs", 29, -0.5), r"episode 1: costs are -0\.5 at step 29"),
     ("horizon", lambda e: make_episodes((1, 201))[1], r"episode 1: has 201 steps; BallCircle ends at 200"),
+    ("timeout before horizon", lambda e: timed_out(e), r"episode 1: has a time-out after 30 steps; BallCircle runs"),
+    ("end flags", lambda e: change(e, "timeouts", -1, True), r"episode 1: its last step, 29, is terminal and time-out"),
+    ("cost kind", lambda e: change(e, "costs", 3, 0.5), r"episode 1: the cost is 0\.5 at step 3 \(1 such steps\)"),
+    ("cost kind", lambda e: change(e, "costs", 8, 2), r"episode 1: the cost is 2 at step 8 .*BallCircle costs 0 or 1"),
 ]
 
 
@@ -162,6 +175,59 @@ def test_an_episode_that_does_not_fit_is_named_or_left_out_when_told(shelf, out,
     assert ids(out) == [episodes[0].id, episodes[2].id]
     left = decisions(out)[1]
     assert (left["id"], left["rule"], left["kept"]) == (episodes[1].id, rule, False)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("known", ["whole", "cut"])
+def test_a_terminal_in_a_task_that_never_terminates_is_refused_also_where_it_was_cut(shelf, out, known):
+    arrays = flat(make_episodes())
+    if known == "cut":
+        del arrays["next_observations"]
+    path = write_hdf5(shelf / "x.hdf5", arrays)
+    never = task("BallCircle")
+    with pytest.raises(BadInput, match=r"episode 1: ends with a terminal after 30 steps; BallCircle never terminates"):
+        import_sources(never, [d4rl(path, "costs")], out)
+    import_sources(never, [d4rl(path, "costs", faulty="drop")], out)
+    assert [(d["rule"], d["value"], d["threshold"]) for d in decisions(out) if not d["kept"]] == [("terminal", 30, 200)]
+    assert len(ids(out)) == 2
+
+
+def test_costs_of_any_size_stay_where_the_task_has_such(shelf, out):
+    episodes = [change(e, "costs", 3, 0.5) for e in make_episodes()]
+    path = write_hdf5(shelf / "dsrl" / "x.hdf5", flat(episodes))
+    import_sources(replace(TASK, cost_kind="continuous"), [dsrl(path)], out)
+    assert ids(out) == [episode.id for episode in episodes]
+
+
+@pytest.mark.fault
+def test_data_of_a_task_with_the_same_dimensions_but_another_horizon_are_refused(shelf, out):
+    """BallRun's episodes have CarRun's dimensions and end after 100 steps, CarRun's after 200."""
+    ball, car = task("BallRun"), task("CarRun")
+    assert (ball.observation_dim, ball.action_dim) == (car.observation_dim, car.action_dim)
+    states = np.random.default_rng(0).normal(size=(2, ball.horizon + 1, ball.observation_dim)).astype(np.float32)
+    ends = np.arange(ball.horizon) == ball.horizon - 1
+    episodes = [
+        Episode(
+            those[:-1],
+            those[1:],
+            np.zeros((ball.horizon, 2), np.float32),
+            np.ones(ball.horizon, np.float32),
+            np.zeros(ball.horizon, np.float32),
+            np.zeros_like(ends),
+            ends,
+        )
+        for those in states
+    ]
+    path = write_hdf5(shelf / "dsrl" / ball.data_file, flat(episodes))
+    given = Dsrl(file=path.name, sha256=tree_digest(path))
+    message = r"episode 0: has a time-out after 100 steps; CarRun runs for 200: is it of another task"
+    with pytest.raises(BadInput, match=message):
+        import_sources(car, [Source(task="CarRun", dsrl=given)], out)
+    everything = r"none of its 2 episodes can be imported \(left out: 2 by timeout before horizon\)"
+    with pytest.raises(BadInput, match=f"{everything}.*{message}"):
+        import_sources(car, [Source(task="CarRun", dsrl=replace(given, faulty="drop"))], out)
+    assert not list(out.iterdir())
+    assert import_sources(ball, [Source(task="BallRun", dsrl=given)], out)[0]["episodes"] == 2
 
 
 def test_numbers_too_large_for_float32_are_not_finite(shelf, out):
@@ -267,23 +333,54 @@ def as_d4rl(episodes, *keys):
 def test_without_successors_the_last_step_of_each_episode_goes(shelf, out):
     episodes = make_episodes((200, 30, 1, 200))
     path = write_hdf5(shelf / "hopper.hdf5", as_d4rl(episodes, "timeouts") | {"infos/cost": flat(episodes)["costs"]})
-    with pytest.raises(BadInput, match="episode 2: has one step, whose successor"):
+    with pytest.raises(BadInput, match=r"episode 1: ends with a terminal after 30 .*cut off.*Add next_observations"):
         import_sources(TASK, [d4rl(path, "infos/cost")], out)
     index = import_sources(TASK, [d4rl(path, "infos/cost", faulty="drop")], out)
-    assert (index[0]["steps_cut"], index[0]["left_out"], index[0]["steps"]) == (3, {"one step": 1}, 427)
+    assert (index[0]["steps_cut"], index[0]["steps"]) == (2, 398)
+    assert index[0]["left_out"] == {"terminal cut": 1, "one step": 1}
     data = read_dsrl(out / "dataset.hdf5").episodes()
-    for made, episode in zip(data, [episodes[0], episodes[1], episodes[3]], strict=True):
+    for made, episode in zip(data, [episodes[0], episodes[3]], strict=True):
         for key in ("observations", "next_observations", "actions", "rewards", "costs"):
             np.testing.assert_array_equal(getattr(made, key), getattr(episode, key)[:-1], err_msg=key)
-        # The step that ended the second one is gone, so all were cut, none was ended by its environment.
         assert not made.terminals.any()
         assert made.timeouts.tolist() == [False] * (made.length - 1) + [True]
     assert [(d["rule"], d["kept"]) for d in decisions(out)] == [
         ("last step", True),
-        ("last step", True),
+        ("terminal cut", False),
         ("one step", False),
         ("last step", True),
     ]
+
+
+@pytest.mark.parametrize(("length", "whole"), [(HORIZON, True), (HORIZON - 1, False)])
+def test_validation_takes_what_was_imported_without_its_last_step(shelf, out, length, whole):
+    """Import and validation agree on what the full length is: the file's episodes must reach the horizon."""
+    path = write_hdf5(shelf / "x.hdf5", as_d4rl([timed_out(e) for e in make_episodes((length, length))], "timeouts"))
+    if not whole:
+        with pytest.raises(BadInput, match="episode 0: has a time-out after 199 steps; BallCircle runs for 200"):
+            import_sources(TASK, [d4rl(path)], out)
+        return
+    import_sources(TASK, [d4rl(path)], out)
+    data, rows = read_dsrl(out / "dataset.hdf5"), read_table(out / "rows.parquet")
+    arrays = {key: getattr(data, key) for key in data.keys}
+    table = suite.episode_table(arrays, rows, *suite.boundaries(arrays), TASK)
+    assert (table["length"].tolist(), table["full_length"].tolist()) == ([199, 199], [True, True])
+    # The same episodes are too short where they were rolled out here.
+    ours = rows.set_column(rows.schema.get_field_index("source"), ROWS.field("source"), pa.nulls(2, pa.string()))
+    table = suite.episode_table(arrays, ours, *suite.boundaries(arrays), TASK)
+    assert table["full_length"].tolist() == [False, False]
+
+
+def test_what_was_cut_once_can_be_imported_again(shelf, out, tmp_path):
+    """Our own export of such an import has the successors, and a step less than the horizon."""
+    path = write_hdf5(shelf / "x.hdf5", as_d4rl(make_episodes((HORIZON, HORIZON)), "timeouts"))
+    import_sources(TASK, [d4rl(path)], out)
+    again = shelf / "dsrl" / "again.hdf5"
+    again.parent.mkdir()
+    again.write_bytes((out / "dataset.hdf5").read_bytes())
+    (tmp_path / "again").mkdir()
+    import_sources(TASK, [dsrl(again)], tmp_path / "again")
+    assert ids(tmp_path / "again") == ids(out)
 
 
 def test_with_successors_every_step_stays(shelf, out):
@@ -297,6 +394,7 @@ def test_with_successors_every_step_stays(shelf, out):
 
 def test_without_timeouts_episodes_are_cut_at_the_horizon_only_when_told(shelf, out):
     episodes = make_episodes((HORIZON, 30, HORIZON, HORIZON, 12))
+    episodes[4] = change(episodes[4], "terminals", -1, False)
     path = write_hdf5(shelf / "x.hdf5", as_d4rl(episodes, "next_observations", "costs"))
     with pytest.raises(BadInput, match=r"x\.hdf5: no array 'timeouts'.*timeouts: horizon.*200 steps"):
         import_sources(TASK, [d4rl(path, "costs")], out)
@@ -380,7 +478,8 @@ def test_minari_data_sets_that_do_not_fit(shelf, out):
 @pytest.mark.fault
 def test_a_source_from_which_nothing_is_left_is_an_error(shelf, out):
     path = write_hdf5(shelf / "dsrl" / "x.hdf5", flat([change(e, "costs", 0, -1) for e in make_episodes()]))
-    with pytest.raises(BadInput, match=r"x\.hdf5: none of its 3 episodes can be imported; .*episode 0: costs are -1"):
+    everything = r"x\.hdf5: none of its 3 episodes can be imported \(left out: 3 by cost sign\)"
+    with pytest.raises(BadInput, match=f"{everything}; .*episode 0: costs are -1"):
         import_sources(TASK, [dsrl(path, faulty="drop")], out)
     assert not list(out.iterdir())
 

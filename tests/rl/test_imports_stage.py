@@ -17,9 +17,11 @@ from springhead.rl.dsrl_file import read_dsrl
 from springhead.stage import for_test
 from springhead.tables import read_table
 from stages.rl import collect, imports
-from tests.rl.foreign_files import flat, make_episodes, write_hdf5, write_minari
+from tests.rl.foreign_files import HORIZON, flat, make_episodes, write_hdf5, write_minari
 
 pytestmark = pytest.mark.unit
+WHOLE = (HORIZON, HORIZON, HORIZON)
+"""BallCircle never terminates."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +46,8 @@ def test_by_default_there_is_an_empty_index_and_nothing_else(tmp_path):
 
 
 def test_a_stage_takes_the_sources_of_its_task_and_gives_equal_bytes_again(tmp_path, shelf):
-    path = write_hdf5(shelf / "dsrl" / "mine.hdf5", flat(make_episodes()))
-    write_minari(shelf, "ball-v0", make_episodes((40, 50), seed=1))
+    path = write_hdf5(shelf / "dsrl" / "mine.hdf5", flat(make_episodes(WHOLE)))
+    write_minari(shelf, "ball-v0", make_episodes((HORIZON, HORIZON), seed=1))
     sources = [
         {"task": "BallCircle", "dsrl": {"file": "mine.hdf5", "sha256": tree_digest(path)}},
         {"task": "CarRun", "dsrl": {"file": "nowhere.hdf5", "sha256": "0" * 64}},
@@ -61,7 +63,7 @@ def test_a_stage_takes_the_sources_of_its_task_and_gives_equal_bytes_again(tmp_p
 
 
 def test_collection_takes_what_was_imported_with_its_source(tmp_path, shelf):
-    path = write_hdf5(shelf / "dsrl" / "mine.hdf5", flat(make_episodes()))
+    path = write_hdf5(shelf / "dsrl" / "mine.hdf5", flat(make_episodes(WHOLE)))
     made = run(tmp_path / "made", [{"task": "BallCircle", "dsrl": {"file": "mine.hdf5", "sha256": tree_digest(path)}}])
     experts = tmp_path / "experts"
     experts.mkdir()
@@ -71,7 +73,7 @@ def test_collection_takes_what_was_imported_with_its_source(tmp_path, shelf):
     stage = for_test(params, tmp_path / "collected", inputs, {"task": "BallCircle"}, stage="collect")
     collect.run(stage)
     assert [episode.id for episode in read_dsrl(stage.out / "dataset.hdf5").episodes()] == [
-        e.id for e in make_episodes()
+        e.id for e in make_episodes(WHOLE)
     ]
     rows = read_table(stage.out / "rows.parquet").to_pylist()
     assert {(row["source"], row["policy"], row["algorithm"]) for row in rows} == {(tree_digest(path), None, "imported")}
@@ -100,26 +102,41 @@ def entry(output):
 
 
 def test_what_the_command_prints_imports_the_file(tmp_path, shelf):
-    arrays = flat(make_episodes())
+    arrays = flat(make_episodes(WHOLE))
     arrays["timeouts"] = arrays["timeouts"].astype("u1")[:, None]
     arrays["timeouts"][-1] = 0
     path = write_hdf5(shelf / "dsrl" / "mine.hdf5", arrays)
     code, out = check(path, "--task", "BallCircle")
     assert code == 0
-    assert "2 episodes of BallCircle, 230 steps" in out
-    assert "timeouts are uint8, timeouts have shape (430, 1)" in out
+    assert "2 episodes of BallCircle, 400 steps" in out
+    assert "timeouts are uint8, timeouts have shape (600, 1)" in out
     assert "left out by unfinished: 1; mine.hdf5: episode 2: its 200 steps" in out
     index = read_json(run(tmp_path / "out", entry(out)).out / "index.json")
     assert (index[0]["episodes"], index[0]["left_out"]) == (2, {"unfinished": 1})
 
 
+def test_the_command_shows_what_validation_would_refuse(tmp_path, shelf):
+    arrays = flat(make_episodes((HORIZON, HORIZON, 30, HORIZON, 90)))
+    arrays["costs"][5] = 0.25
+    arrays["terminals"][-1], arrays["timeouts"][-1] = False, True
+    path = write_hdf5(shelf / "dsrl" / "mine.hdf5", arrays)
+    code, out = check(path, "--task", "BallCircle")
+    assert code == 0
+    assert "2 episodes of BallCircle, 400 steps" in out
+    assert "left out by cost kind: 1; mine.hdf5: episode 0: the cost is 0.25 at step 5" in out
+    assert "left out by terminal: 1; mine.hdf5: episode 2: ends with a terminal after 30 steps" in out
+    assert "left out by timeout before horizon: 1; mine.hdf5: episode 4: has a time-out after 90 steps" in out
+    index = read_json(run(tmp_path / "out", entry(out)).out / "index.json")
+    assert index[0]["left_out"] == {"cost kind": 1, "terminal": 1, "timeout before horizon": 1}
+
+
 def test_the_command_knows_the_other_formats(tmp_path, shelf):
-    write_minari(shelf, "others/ball-v0", make_episodes())
+    write_minari(shelf, "others/ball-v0", make_episodes(WHOLE))
     code, out = check(shelf / "others" / "ball-v0", "--task", "BallCircle", "--cost", "cost")
     assert code == 0
     assert entry(out)[0]["minari"]["path"] == "others/ball-v0"
     assert read_json(run(tmp_path / "minari", entry(out)).out / "index.json")[0]["format"] == "minari"
-    episodes = make_episodes()
+    episodes = make_episodes(WHOLE)
     arrays = {key: flat(episodes)[key] for key in ("observations", "actions", "rewards", "terminals")}
     path = write_hdf5(shelf / "old.hdf5", arrays)
     code, out = check(path, "--task", "BallCircle")
@@ -139,6 +156,6 @@ def test_the_command_names_what_cannot_be_read(tmp_path, shelf):
     (tmp_path / "text.hdf5").write_text("text")
     code, out = check(tmp_path / "text.hdf5", "--task", "BallCircle")
     assert (code, "not an HDF5 file" in out) == (2, True)
-    path = write_hdf5(shelf / "x.hdf5", flat(make_episodes()))
+    path = write_hdf5(shelf / "x.hdf5", flat(make_episodes(WHOLE)))
     code, out = check(path, "--task", "AntRun")
     assert (code, "task AntRun needs (steps, 33)" in out) == (2, True)

@@ -207,7 +207,15 @@ def gone(process: int, seconds: float = 20.0) -> bool:
 def test_no_worker_outlives_its_parent(tmp_path, how):
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     root = Path(__file__).parents[2]
-    parent = subprocess.Popen(command, cwd=root, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        command,
+        cwd=root,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         end = time.monotonic() + 60
         while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < end:

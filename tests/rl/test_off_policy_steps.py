@@ -6,6 +6,7 @@ import scipy.optimize
 import torch
 
 from springhead.errors import BadInput
+from springhead.rl.lagrangian import q_threshold
 from springhead.rl.online import cvpo
 from springhead.rl.online.replay import Transitions
 from tests.rl.test_off_policy import learner
@@ -138,10 +139,10 @@ def test_exploration_noise_has_the_deviation_asked_for():
 
 
 def test_an_episode_limit_as_a_discounted_cost_to_go():
-    assert cvpo.q_threshold(10.0, 300, 0.99) == pytest.approx(3.1699, abs=1e-4)
-    assert cvpo.q_threshold(10.0, 300, 1.0) == 10.0
+    assert q_threshold(10.0, 300, 0.99) == pytest.approx(3.1699, abs=1e-4)
+    assert q_threshold(10.0, 300, 1.0) == 10.0
     spread = 10.0 / 300 * sum(0.97**t for t in range(300))
-    assert cvpo.q_threshold(10.0, 300, 0.97) == pytest.approx(spread)
+    assert q_threshold(10.0, 300, 0.97) == pytest.approx(spread)
 
 
 def values_of(seed, states=20, actions=8, scale=1.0):

@@ -12,7 +12,7 @@ from springhead.rl.networks import Moments
 from springhead.rl.online.advantages import gae, standardise
 from springhead.rl.online.algorithms import ALGORITHMS, algorithm
 from springhead.rl.online.contract import Figures
-from springhead.rl.online.lagrangian import PIDLagrangian
+from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.online.ppo_lag import PPOLagConfig
 from springhead.rl.online.rollouts import sampled_actions
 from springhead.rl.online.training import feasible_first

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from springhead.errors import BadInput
+from springhead.rl.lagrangian import ramp
 from springhead.rl.networks import ExpertPolicy
-from springhead.rl.online.lagrangian import ramp
 
 
 class OutOfRange(BadInput, ValueError):

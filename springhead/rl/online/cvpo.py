@@ -12,7 +12,7 @@ Q_r and Q_c the cautious estimates of two critics each:
                 + alpha_mu (KL_mu - kl_mean) + alpha_sigma (KL_sigma - kl_std),
             with the multipliers alpha by gradient ascent, kept between 0 and alpha_max
 
-The threshold is the episode limit spread over the episode's steps and discounted, :func:`q_threshold`.
+The threshold is the episode limit spread over the episode's steps and discounted, :func:`~springhead.rl.lagrangian.q_threshold`.
 
 Deviations, each on purpose, beside those of ``off_policy.py``:
 
@@ -42,6 +42,7 @@ import torch
 from torch import nn
 
 from springhead.rl.acting import Head
+from springhead.rl.lagrangian import q_threshold
 from springhead.rl.online.contract import OutOfRange, above_zero, at_least
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
@@ -84,20 +85,6 @@ class CVPOConfig(OffPolicyConfig):
             raise OutOfRange(f"actions ({self.actions}) must be 2 or more, states ({self.states}) 1 to the batch size")
         above_zero(self, "kl", "eta_max", "multiplier_max", "dual_lr")
         at_least(0, self, "alpha_lr", "alpha_max")
-
-
-def q_threshold(limit: float, horizon: int, discount: float) -> float:
-    """The mean discounted cost to go that corresponds to an episode cost.
-
-    Args:
-        limit: Undiscounted episode cost, thought to be spread evenly over the steps.
-        horizon: Steps of an episode.
-        discount: Discount factor.
-
-    Returns:
-        limit (1 - discount^horizon) / ((1 - discount) horizon); ``limit`` itself without discount.
-    """
-    return limit if discount == 1.0 else limit * (1.0 - discount**horizon) / ((1.0 - discount) * horizon)
 
 
 def dual(point: Doubles, reward: Doubles, cost: Doubles, threshold: float, kl: float) -> tuple[float, Doubles, Doubles]:

@@ -1,4 +1,4 @@
-"""What the Lagrangian algorithms share: the multiplier's PID rule and the moving cost limit."""
+"""What the Lagrangian algorithms share: the PID rule of the multiplier, the moving cost limit, the critic's threshold."""
 
 from __future__ import annotations
 
@@ -74,3 +74,17 @@ class PIDLagrangian:
             self.value = min(self.value, self.cap)
         self.previous_error = error
         return self.value
+
+
+def q_threshold(limit: float, horizon: int, discount: float) -> float:
+    """The mean discounted cost to go that corresponds to an episode cost (OSRL, FSRL's CVPO, FCSRL).
+
+    Args:
+        limit: Undiscounted episode cost, thought to be spread evenly over the steps.
+        horizon: Steps of an episode.
+        discount: Discount factor.
+
+    Returns:
+        limit (1 - discount^horizon) / ((1 - discount) horizon); ``limit`` itself without discount.
+    """
+    return limit if discount == 1.0 else limit * (1.0 - discount**horizon) / ((1.0 - discount) * horizon)

@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+TRL := .venv-trl
 # A folder of wheels that pip already knows of (pip config) is used for torch as well.
 WHEELS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 # On a machine without an accelerator: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -19,7 +20,7 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help install peers browser run test test-slow lint report clean
+.PHONY: help install peers trl browser run test test-slow lint report clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -52,6 +53,18 @@ $(PEERS)/.installed: locks/peers.lock | $(VENV)/.installed
 	  && $(PEERS)/bin/python -m pip install --quiet --no-compile $(TORCH) -c $(PEERS)/rest.lock $(TORCH_FROM); }
 	touch $@
 
+trl: $(TRL)/.installed  ## make the environment of TRL and lm-eval, for the fine-tuning benchmark and the parity tests
+
+$(TRL)/.installed: locks/trl.lock | $(VENV)/.installed
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	grep -v '^torch==' locks/trl.lock > $(TRL)/rest.lock
+	{ test -x $(BIN)/uv \
+	  && $(BIN)/uv pip install --quiet --python $(TRL)/bin/python --no-deps -r $(TRL)/rest.lock \
+	  && $(BIN)/uv pip install --quiet --python $(TRL)/bin/python $(TORCH) -c $(TRL)/rest.lock $(TORCH_FROM); } \
+	|| { $(TRL)/bin/python -m pip install --quiet --no-compile --no-deps -r $(TRL)/rest.lock \
+	  && $(TRL)/bin/python -m pip install --quiet --no-compile $(TORCH) -c $(TRL)/rest.lock $(TORCH_FROM); }
+	touch $@
+
 # Debian's package; the lineage page is tested in it. Without root, or without a package source, its tests are skipped.
 browser:  ## install the Chromium that the page tests drive, where that is possible
 	@if test -x /usr/bin/chromium; then :; \
@@ -66,7 +79,7 @@ run: install  ## run the whole pipeline: both branches, from nothing to a promot
 test: install browser lint  ## run the checks and the default tests
 	python -m pytest -n 2 --dist loadfile
 
-test-slow: install peers browser  ## run the long learning tests as well
+test-slow: install peers trl browser  ## run the long learning tests as well
 	python -m pytest -n 2 --dist loadfile -m 'not gpu'
 
 lint: install  ## ruff, mypy, import layers, spelling

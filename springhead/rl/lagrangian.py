@@ -1,4 +1,4 @@
-"""What the Lagrangian algorithms share: the PID rule of the multiplier, the moving cost limit, the critic's threshold."""
+"""What the Lagrangian algorithms share: the PID rule, the moving cost limit, the threshold of a critic."""
 
 from __future__ import annotations
 

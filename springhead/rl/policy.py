@@ -25,14 +25,24 @@ from springhead.rl.acting import load_expert
 FORMAT = 1
 """Version of the folder layout; a reader refuses folders of a later version."""
 
+_ACTOR = "springhead.rl.offline.actor_policy"
 LOADERS: Mapping[str, str] = {
-    "bc-all": "springhead.rl.offline.bc",
-    "bc-boundary": "springhead.rl.offline.bc",
-    "bc-frontier": "springhead.rl.offline.bc",
-    "bc-multi-task": "springhead.rl.offline.bc",
-    "bc-risky": "springhead.rl.offline.bc",
-    "bc-safe": "springhead.rl.offline.bc",
+    "bc-all": _ACTOR,
+    "bc-boundary": _ACTOR,
+    "bc-frontier": _ACTOR,
+    "bc-multi-task": _ACTOR,
+    "bc-risky": _ACTOR,
+    "bc-safe": _ACTOR,
+    "bcq-lag": "springhead.rl.offline.bcq_lag",
+    "bear-lag": _ACTOR,
+    "cde": _ACTOR,
     "cdt": "springhead.rl.offline.cdt",
+    "coptidice": _ACTOR,
+    "cpq": _ACTOR,
+    "cql": _ACTOR,
+    "iql": _ACTOR,
+    "optidice": _ACTOR,
+    "td3-bc": _ACTOR,
 }
 """The module that loads each offline algorithm's folders with ``load(folder) -> Policy``; imported on use.
 Folders of any online algorithm are read by ``springhead.rl.acting``."""

@@ -1,12 +1,12 @@
-"""Episodes as flat tensors, checked once before training."""
+"""Episodes as flat tensors that stay on the device, checked once before training, and batches drawn from them."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +14,22 @@ import torch
 
 from springhead.errors import BadInput
 from springhead.rl.dataset import Episode
+from springhead.rl.offline.contract import Generators
 from springhead.rl.tasks import Task
 
 
 @dataclass(frozen=True)
 class Flat:
-    """All transitions of a data set, one after the other.
+    """All N transitions of a data set, one after the other.
 
     Attributes:
         observations: float32 (N, observation_dim).
+        next_observations: float32 (N, observation_dim).
         actions: float32 (N, action_dim).
         rewards: float32 (N,).
         costs: float32 (N,).
+        terminals: float32 (N,), 1 where the environment ended the episode.
+        timeouts: float32 (N,), 1 where the horizon did.
         starts: int64 (episodes,), position of each episode's first transition.
         lengths: int64 (episodes,).
         returns: float64 (episodes,), undiscounted sums of rewards.
@@ -33,9 +37,12 @@ class Flat:
     """
 
     observations: torch.Tensor
+    next_observations: torch.Tensor
     actions: torch.Tensor
     rewards: torch.Tensor
     costs: torch.Tensor
+    terminals: torch.Tensor
+    timeouts: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
     returns: npt.NDArray[np.float64]
@@ -47,13 +54,91 @@ class Flat:
         return torch.cat(spans)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training returns: a model folder's content and the learning curve."""
+class Batch(NamedTuple):
+    """One batch of transitions for each of M members; ``initial`` is 1 at an episode's first step."""
 
-    config: dict[str, Any]
-    files: Mapping[str, Mapping[str, torch.Tensor]]
-    history: list[dict[str, float]]
+    observations: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    costs: torch.Tensor
+    next_observations: torch.Tensor
+    terminals: torch.Tensor
+    timeouts: torch.Tensor
+    initial: torch.Tensor
+
+
+class Sampler:
+    """Draws transitions uniformly from data that stay on the device: one gather per batch.
+
+    Args:
+        data: The data set.
+        generators: The members' random numbers, on the device that shall hold the data.
+        batch_size: Transitions per member.
+        pools: For each member the positions it may draw, None for all.
+        reward_scale: Rewards are multiplied by this.
+        cost_scale: Costs are multiplied by this.
+        shift: Subtracted from observations, (observation_dim,).
+        scale: Observations are divided by this afterwards, (observation_dim,).
+    """
+
+    def __init__(
+        self,
+        data: Flat,
+        generators: Generators,
+        batch_size: int,
+        pools: Sequence[torch.Tensor] | None = None,
+        reward_scale: float = 1.0,
+        cost_scale: float = 1.0,
+        shift: torch.Tensor | float = 0.0,
+        scale: torch.Tensor | float = 1.0,
+    ) -> None:
+        initial = torch.zeros(len(data.rewards))
+        initial[data.starts] = 1.0
+        columns = (
+            (data.observations - shift) / scale,
+            data.actions,
+            (data.rewards * reward_scale)[:, None],
+            (data.costs * cost_scale)[:, None],
+            (data.next_observations - shift) / scale,
+            data.terminals[:, None],
+            data.timeouts[:, None],
+            initial[:, None],
+        )
+        self.generators, self.batch_size = generators, batch_size
+        self._widths = [column.shape[1] for column in columns]
+        self._table = torch.cat(columns, dim=1).to(generators.device)
+        self._starts = data.starts.to(generators.device)
+        self._pools = None
+        self._highs = [len(data.rewards)] * len(generators)
+        if pools is not None:
+            self._highs = [len(pool) for pool in pools]
+            self._pools = torch.zeros(len(pools), max(self._highs), dtype=torch.int64)
+            for row, pool in zip(self._pools, pools, strict=True):
+                row[: len(pool)] = pool
+            self._pools = self._pools.to(generators.device)
+
+    def draw(self) -> Batch:
+        """Draws one batch for each member, with replacement: tensors (members, batch, width) and (members, batch)."""
+        rows = self.generators.integers(self._highs, self.batch_size)
+        if self._pools is not None:
+            rows = self._pools.gather(1, rows)
+        parts = self._table[rows].split(self._widths, dim=-1)
+        observations, actions, rewards, costs, following, terminals, timeouts, initial = parts
+        return Batch(
+            observations,
+            actions,
+            rewards.squeeze(-1),
+            costs.squeeze(-1),
+            following,
+            terminals.squeeze(-1),
+            timeouts.squeeze(-1),
+            initial.squeeze(-1),
+        )
+
+    def draw_initial(self) -> torch.Tensor:
+        """Draws first observations of episodes, (members, batch, observation_dim), with replacement."""
+        highs = [len(self._starts)] * len(self.generators)
+        return self._table[self._starts[self.generators.integers(highs, self.batch_size)]][..., : self._widths[0]]
 
 
 def flatten(episodes: Sequence[Episode], task: Task) -> Flat:
@@ -73,7 +158,7 @@ def flatten(episodes: Sequence[Episode], task: Task) -> Flat:
                 f"episode {number} ({episode.id[:12]}): observation and action lengths {found}, "
                 f"task {task.name} has {wanted}; train on this task's own data"
             )
-        arrays = (episode.observations, episode.actions, episode.rewards, episode.costs)
+        arrays = (episode.observations, episode.next_observations, episode.actions, episode.rewards, episode.costs)
         if not all(np.isfinite(array).all() for array in arrays) or (episode.costs < 0).any():
             raise BadInput(
                 f"episode {number} ({episode.id[:12]}): holds a value that is not finite, or a negative cost; "
@@ -86,14 +171,45 @@ def flatten(episodes: Sequence[Episode], task: Task) -> Flat:
 
     return Flat(
         observations=joined("observations"),
+        next_observations=joined("next_observations"),
         actions=joined("actions"),
         rewards=joined("rewards"),
         costs=joined("costs"),
+        terminals=joined("terminals"),
+        timeouts=joined("timeouts"),
         starts=torch.from_numpy(np.cumsum(lengths) - lengths),
         lengths=torch.from_numpy(lengths),
         returns=np.array([episode.episode_return for episode in episodes]),
         cost_returns=np.array([episode.cost_return for episode in episodes]),
     )
+
+
+def check_constraint(algorithm: str, data: Flat, task: Task, limits: Sequence[float]) -> None:
+    """Makes sure that a constraint on the cost can be learned from the data.
+
+    Args:
+        algorithm: For the message.
+        data: The data set.
+        task: Its task.
+        limits: The episode cost limits to train for.
+
+    Raises:
+        BadInput: If there is one episode only, all costs are equal, or no episode keeps the lowest limit.
+    """
+    costs = data.cost_returns
+    where = f"{algorithm} on {task.name}"
+    if len(costs) == 1:
+        raise BadInput(f"{where}: one episode only; a constraint is learned from several, collect more")
+    if (costs == costs[0]).all():
+        raise BadInput(
+            f"{where}: each of {len(costs)} episodes costs {costs[0]:g}; a constraint is learned from costs that "
+            "differ. Collect under several cost limits, or use a method without a constraint"
+        )
+    if (costs > min(limits)).all():
+        raise BadInput(
+            f"{where}: none of {len(costs)} episodes keeps the cost limit {min(limits):g} (the cheapest costs "
+            f"{costs.min():g}); collect safer episodes, or set `limits` in rl.train to what the data can keep"
+        )
 
 
 def check_device(name: str) -> None:
@@ -102,7 +218,7 @@ def check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"rl.train.cdt.device: {name!r} cannot be used here ({reason}); set it to 'cpu'") from None
+        raise BadInput(f"rl.train: device {name!r} cannot be used here ({reason}); set it to 'cpu'") from None
 
 
 def write_history(path: Path, history: Sequence[dict[str, float]]) -> None:

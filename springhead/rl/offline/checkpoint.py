@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
+from springhead.rl.offline.contract import Learner
 
 
 class State(NamedTuple):
@@ -67,23 +67,46 @@ def latest(folder: Path) -> State | None:
         ) from None
 
 
-def pack(module: nn.Module, optimiser: torch.optim.Optimizer, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Returns a module's weights and its optimiser's moments as named tensors."""
-    tensors = {f"{prefix}weight.{name}": value for name, value in module.state_dict().items()}
-    for name, parameter in module.named_parameters():
-        for key, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"{prefix}moment.{name}.{key}"] = torch.as_tensor(value)
+def pack(learner: Learner) -> dict[str, torch.Tensor]:
+    """Everything of a learner that changes: weights and buffers, optimisers' moments, generators' states."""
+    tensors = {f"weight.{name}": value for name, value in learner.modules.state_dict().items()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in learner.modules.named_parameters()}
+    for optimiser in learner.optimisers.values():
+        for parameter, moments in optimiser.state.items():
+            for key, value in moments.items():
+                tensors[f"moment.{names[parameter]}.{key}"] = torch.as_tensor(value)
+    for name, generators in learner.generators.items():
+        tensors[f"generator.{name}"] = generators.state()
     return tensors
 
 
-def unpack(
-    tensors: Mapping[str, torch.Tensor], module: nn.Module, optimiser: torch.optim.Optimizer, prefix: str = ""
-) -> None:
-    """Puts weights and moments of :func:`pack` back; the inverse of it."""
-    start = f"{prefix}weight."
-    module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
-    for name, parameter in module.named_parameters():
-        start = f"{prefix}moment.{name}."
-        moments = {k.removeprefix(start): v.to(parameter.device) for k, v in tensors.items() if k.startswith(start)}
+def unpack(tensors: Mapping[str, torch.Tensor], learner: Learner) -> None:
+    """Puts everything of :func:`pack` back.
+
+    Raises:
+        BadInput: If the checkpoint is of other networks.
+    """
+    try:
+        learner.modules.load_state_dict(_below(tensors, "weight."))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BadInput(
+            f"the checkpoint is of other networks ({reason}); remove the scratch folder to train from the start"
+        ) from None
+    owners = {
+        parameter: optimiser
+        for optimiser in learner.optimisers.values()
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in learner.modules.named_parameters():
+        # Step counters stay where the optimiser keeps them; a fused one wants them beside the parameter.
+        moments = {key: value.to(parameter.device) for key, value in _below(tensors, f"moment.{name}.").items()}
         if moments:
-            optimiser.state[parameter] = moments
+            owners[parameter].state[parameter] = moments
+    for name, generators in learner.generators.items():
+        generators.restore(tensors[f"generator.{name}"])
+
+
+def _below(tensors: Mapping[str, torch.Tensor], start: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -36,8 +36,13 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Its file in a model folder, without the ending."""
+        """What it is called in a model: its limit, or "policy"."""
         return "policy" if self.cost_limit is None else f"limit-{self.cost_limit:g}"
+
+    @property
+    def file(self) -> str:
+        """Its file in a model folder."""
+        return f"{self.name}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

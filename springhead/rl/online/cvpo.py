@@ -12,7 +12,8 @@ Q_r and Q_c the cautious estimates of two critics each:
                 + alpha_mu (KL_mu - kl_mean) + alpha_sigma (KL_sigma - kl_std),
             with the multipliers alpha by gradient ascent, kept between 0 and alpha_max
 
-The threshold is the episode limit spread over the episode's steps and discounted, :func:`~springhead.rl.lagrangian.q_threshold`.
+The threshold is the episode limit spread over the episode's steps and discounted,
+:func:`~springhead.rl.lagrangian.q_threshold`.
 
 Deviations, each on purpose, beside those of ``off_policy.py``:
 

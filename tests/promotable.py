@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 def policy(folder: Path, seed: int) -> None:
     """Trains a real policy for a few steps on random episodes."""
     from springhead.rl.dataset import Episode
-    from springhead.rl.offline import bc
+    from springhead.rl.offline import bc, training
     from springhead.rl.policy import save_model
     from springhead.rl.tasks import task
 
@@ -35,8 +35,8 @@ def policy(folder: Path, seed: int) -> None:
         zeros = np.zeros(8, np.float32)
         actions = generator.uniform(-1, 1, (8, of.action_dim)).astype(np.float32)
         episodes.append(Episode(observations[:-1], observations[1:], actions, zeros + 1, zeros, end & False, end))
-    settings = bc.Settings(steps=2, batch_size=4, hidden=(8,))
-    trained = bc.train("safe", episodes, of, settings, seed, folder.parent / ".scratch")
+    settings = bc.BCSettings(steps=2, batch_size=4, hidden=(8,))
+    trained = training.train("bc-safe", episodes, of, settings, [seed], folder.parent / ".scratch")[0]
     save_model(folder, trained.config, trained.files)
     shutil.rmtree(folder.parent / ".scratch", ignore_errors=True)
 

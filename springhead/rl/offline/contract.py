@@ -165,7 +165,7 @@ class Generators:
     def restore(self, state: torch.Tensor) -> None:
         """Puts :meth:`state` back."""
         for generator, own in zip(self.each, state, strict=True):
-            generator.set_state(own)
+            generator.set_state(own.clone())  # a row in the middle of a tensor is not taken for a state
 
 
 class Learner(Protocol):

@@ -29,6 +29,7 @@ from pipelines.finish import Conclusion, conclude, raise_if_red
 from pipelines.graph import Node
 from pipelines.scheduler import Finished, Submit
 from pipelines.session import Request, Session, exclusive, identity
+from springhead import output
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.home import repository
@@ -103,7 +104,7 @@ def pipeline(
 def terminal(line: str) -> None:
     """Prints a line where a person watches; elsewhere Prefect's log has it already."""
     if os.environ.get(ON_TERMINAL) == "1":
-        print(line, flush=True)
+        output.say(line)
 
 
 def _say(logger: "logging.Logger | logging.LoggerAdapter[logging.Logger]", line: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from springhead import output
 from springhead.errors import BadInput, SpringheadError
 from springhead.home import home as state_folder
 from springhead.home import repository
@@ -66,21 +67,30 @@ def prepare_environment(home: Path, debug: bool = False) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
+    try:
+        return _guarded(argv)
+    finally:
+        # A run goes on where nobody reads its lines any more: what it makes is worth more than they are.
+        output.flush()
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """Turns errors into a line and an exit status."""
     arguments = parser().parse_args(argv)
     try:
         return _run(arguments)
     except SpringheadError as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        output.say(f"error: {error}", sys.stderr)
         return error.exit_code
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"internal error: {type(error).__name__}: {error}; --debug shows where", file=sys.stderr)
+        output.say(f"internal error: {type(error).__name__}: {error}; --debug shows where", sys.stderr)
         return _INTERNAL_ERROR
     except KeyboardInterrupt:
-        print("stopped; finished stages are in the cache, training resumes from its checkpoints", file=sys.stderr)
+        output.say("stopped; finished stages are in the cache, training resumes from its checkpoints", sys.stderr)
         return 130
 
 
@@ -102,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     os.environ["SPRINGHEAD_TERMINAL"] = "1"
     prepare_environment(home, arguments.debug)
     if "PREFECT_API_URL" not in os.environ:
-        print("starting Prefect (about 10 s, the first time 30 s)", flush=True)
+        output.say("starting Prefect (about 10 s, the first time 30 s)")
     from pipelines.flow import pipeline
 
     try:
@@ -125,8 +135,8 @@ def _finish(done: "Result", root: Path, home: Path, request: "Request", promote:
     """Concludes a run in which every stage is up to date, so that Prefect has nothing to do."""
     from pipelines.finish import conclude, raise_if_red
 
-    conclusion = conclude(done, root, home, request, promote, print)
-    print("\n".join(conclusion.table()), flush=True)
+    conclusion = conclude(done, root, home, request, promote, output.say)
+    output.say("\n".join(conclusion.table()))
     raise_if_red(conclusion)
 
 

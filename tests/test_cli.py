@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from springhead.cli import _algorithms, app
+from springhead.cli import app
+from springhead.cli.catalogue import algorithms_of
 from tests.lineage.conftest import root, sample_template
 from tests.lineage.sample import DROPPED, EPISODES, TASK, episode
 
@@ -169,7 +170,7 @@ def test_only_modules_that_name_a_source_are_algorithms(tmp_path: Path) -> None:
     (tmp_path / "llm" / "a.py").write_text('"""The A method.\n\nSource: a paper\nin two lines.\n"""\n')
     (tmp_path / "llm" / "helper.py").write_text('"""Only a helper."""\n')
     expected = {"file": "springhead/llm/a.py", "title": "The A method", "source": "Source: a paper in two lines."}
-    assert _algorithms(tmp_path) == [expected]
+    assert algorithms_of(tmp_path) == [expected]
 
 
 @pytest.mark.e2e

@@ -77,8 +77,7 @@ class Sampler:
         pools: For each member the positions it may draw, None for all.
         reward_scale: Rewards are multiplied by this.
         cost_scale: Costs are multiplied by this.
-        shift: Subtracted from observations, (observation_dim,).
-        scale: Observations are divided by this afterwards, (observation_dim,).
+        moments: Subtracted from observations, and then divided by; None leaves them raw.
     """
 
     def __init__(
@@ -89,9 +88,9 @@ class Sampler:
         pools: Sequence[torch.Tensor] | None = None,
         reward_scale: float = 1.0,
         cost_scale: float = 1.0,
-        shift: torch.Tensor | float = 0.0,
-        scale: torch.Tensor | float = 1.0,
+        moments: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        shift, scale = moments or (torch.zeros(1), torch.ones(1))
         initial = torch.zeros(len(data.rewards))
         initial[data.starts] = 1.0
         columns = (
@@ -182,6 +181,13 @@ def flatten(episodes: Sequence[Episode], task: Task) -> Flat:
         returns=np.array([episode.episode_return for episode in episodes]),
         cost_returns=np.array([episode.cost_return for episode in episodes]),
     )
+
+
+def moments(data: Flat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the observations, (observation_dim,) each; a constant component's deviation counts as 1."""
+    rows = data.observations.double()
+    deviation = rows.std(0, correction=0)
+    return rows.mean(0).float(), torch.where(deviation < 1e-6, 1.0, deviation).float()
 
 
 def check_constraint(algorithm: str, data: Flat, task: Task, limits: Sequence[float]) -> None:

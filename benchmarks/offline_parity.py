@@ -1,0 +1,279 @@
+"""Our offline algorithms beside OSRL's released code: the same file, steps, batch and networks; normalised figures.
+
+    python benchmarks/offline_parity.py data --data FOLDER     # make the two files, with our pipeline (minutes)
+    python benchmarks/offline_parity.py osrl --data FOLDER     # OSRL's side: one run per algorithm, task, limit, seed
+    python benchmarks/offline_parity.py ours --data FOLDER     # ours: released and intended mode, members together
+    python benchmarks/offline_parity.py table                  # docs/results/offline-parity.md's tables
+
+Settings are in ``benchmarks/offline_settings.yaml``. Each run writes a file of its own and ``osrl`` and ``ours`` do
+only those that have no file of their settings; ``table`` reads the files and nothing else. OSRL's side needs its
+environment (``make peers``) and acts by its own rollouts there; ours acts by ``springhead.rl.evaluation``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rl_sides import OURS, PEERS
+
+from springhead.jsonio import canonical, read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ROOT / "benchmarks/offline_settings.yaml"
+RESULTS = ROOT / "docs/results/offline"
+HERE = Path(__file__).resolve()
+ALL_LIMITS = 0  # stands for a model that serves every limit
+
+Settings = dict[str, Any]
+
+
+def settings() -> Settings:
+    """The benchmark's settings."""
+    loaded: Settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    return loaded
+
+
+def data_files(folder: Path, tasks: list[str]) -> dict[str, tuple[Path, str]]:
+    """Task → its file in the folder and the file's digest; the digests are printed."""
+    found = {}
+    for name in tasks:
+        path = folder / f"{name}.hdf5"
+        if not path.exists():
+            raise SystemExit(f"{path}: no such file; make it with `python {HERE.name} data --data {folder}`")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        expected = settings()["data_sha256"].get(name)
+        note = "" if digest == expected else f" (the results in docs/ are of {expected})"
+        print(f"{path}: sha256 {digest}{note}")
+        found[name] = (path, digest)
+    return found
+
+
+def make_data(folder: Path, tasks: list[str]) -> None:
+    """Runs experts, collection and filters for the tasks in a clone of this checkout, and keeps the data sets."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clone = folder / "clone"
+    if not clone.exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    binaries = OURS.parent
+    environment = {**os.environ, "PYTHONPATH": str(clone), "PATH": f"{binaries}:{os.environ['PATH']}"}
+    targets = [part for name in tasks for part in ("--target", f"rl-filter@{name}")]
+    subprocess.run([binaries / "springhead", "run", *targets, "--no-promote"], cwd=clone, env=environment, check=True)
+    for name in tasks:
+        shutil.copyfile(clone / f"data/rl/filter/{name}/dataset.hdf5", folder / f"{name}.hdf5")
+
+
+def safe_returns(path: Path, limits: list[float]) -> dict[str, float]:
+    """CDT's return targets on OSRL's side, which its users choose by hand: the best of the data below each limit."""
+    from springhead.rl.dataset import iter_episodes
+
+    episodes = list(iter_episodes(path))
+    return {
+        str(limit): round(max(one.episode_return for one in episodes if one.cost_return <= limit), 1)
+        for limit in limits
+    }
+
+
+def osrl_jobs(chosen: Settings, files: dict[str, tuple[Path, str]], results: Path) -> list[dict[str, Any]]:
+    """All of OSRL's runs, the middle limit first; one per seed and limit, but for CDT one per seed."""
+    low, middle, high = chosen["limits"]
+    jobs = []
+    for limit in (middle, low, high):
+        for seed in chosen["seeds"]:
+            for task in chosen["tasks"]:
+                for algorithm, parameters in chosen["osrl"].items():
+                    every = algorithm == "cdt"
+                    if every and limit != middle:
+                        continue
+                    path, digest = files[task]
+                    job = {
+                        "algorithm": algorithm, "task": task, "seed": seed, "limit": ALL_LIMITS if every else limit,
+                        "steps": chosen["steps"][algorithm], "episodes": chosen["episodes"],
+                        "parameters": {**parameters, "episode_len": 200},
+                        "targets": safe_returns(path, chosen["limits"]) if every else None,
+                        "courses": chosen["osrl_courses"][algorithm], "data": str(path), "data_sha256": digest,
+                        "workers": 0, "threads": 1,
+                    }  # fmt: skip
+                    name = f"osrl-{task}-{algorithm}-{job['limit'] or 'all'}-{seed}"
+                    jobs.append({**job, "result": str(results / f"{name}.json")})
+    return jobs
+
+
+def is_done(job: dict[str, Any]) -> bool:
+    """Whether there is a result file of these very settings and data."""
+    path = Path(job["result"])
+    if not path.exists():
+        return False
+    found = read_json(path)
+    keys = ("algorithm", "task", "seed", "limit", "steps", "parameters", "data_sha256")
+    return canonical({key: found[key] for key in keys}) == canonical({key: job[key] for key in keys})
+
+
+def wanted(job: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """Whether the command line asks for the job."""
+    return all(
+        not getattr(arguments, key) or job[key] in getattr(arguments, key)
+        for key in ("algorithm", "task", "seed", "limit")
+    )
+
+
+def run_osrl(arguments: argparse.Namespace) -> None:
+    """Runs what OSRL has not run yet, in one process of its environment."""
+    chosen = settings()
+    files = data_files(arguments.data, chosen["tasks"])
+    jobs = [job for job in osrl_jobs(chosen, files, arguments.results) if wanted(job, arguments)]
+    todo = [job for job in jobs if not is_done(job)]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs have a result; {len(todo)} to do", flush=True)
+    listed = arguments.data / f"jobs-{os.getpid()}.json"
+    write_json(listed, todo)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DSRL_SUPPRESS_IMPORT_ERROR": "1", "WANDB_MODE": "disabled"}
+    command = [PEERS, HERE.with_name("osrl_side.py"), "train", listed]
+    sys.exit(subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode)
+
+
+def our_settings(chosen: Settings, mode: str, algorithm: str) -> Any:
+    """Our settings of an algorithm in a mode: ``released``, ``intended``."""
+    from springhead.params import load
+    from springhead.rl.offline.algorithms import entry
+
+    own = chosen["ours"][algorithm]
+    steps = chosen["steps"][algorithm]
+    values = {**own["shared"], **(own.get(mode) or {}), "steps": steps, "checkpoint_every": max(1, steps // 20)}
+    return load(entry(algorithm).settings_class(), values, f"{SETTINGS.name}: ours.{algorithm}")
+
+
+def run_ours(arguments: argparse.Namespace) -> None:
+    """Runs what ours has not run yet: all seeds and limits of a task, algorithm and mode in one training."""
+    chosen = settings()
+    files = data_files(arguments.data, chosen["tasks"])
+    for task_name in chosen["tasks"]:
+        for algorithm in chosen["ours"]:
+            for mode in ("released", "intended"):
+                asked = {"task": task_name, "algorithm": algorithm, "mode": mode}
+                if all(not getattr(arguments, key) or value in getattr(arguments, key) for key, value in asked.items()):
+                    train_ours(chosen, mode, task_name, algorithm, files[task_name], arguments)
+
+
+def train_ours(
+    chosen: Settings, mode: str, task_name: str, algorithm: str, file: tuple[Path, str], arguments: argparse.Namespace
+) -> None:
+    """Trains the members of one table row block, evaluates them and writes a result file per seed."""
+    import torch
+
+    from springhead.progress import Progress
+    from springhead.rl.dataset import read_dsrl
+    from springhead.rl.evaluation import Job, episode_seeds, run_jobs
+    from springhead.rl.offline.training import train
+    from springhead.rl.policy import save_model
+    from springhead.rl.tasks import task
+
+    torch.set_num_threads(1)
+    config = our_settings(chosen, mode, algorithm)
+    path, digest = file
+    name = f"{mode}-{task_name}-{algorithm}"
+    facts = {
+        "side": mode, "algorithm": algorithm, "task": task_name, "data_sha256": digest, "steps": config.steps,
+        "parameters": plain(asdict(config)),
+    }  # fmt: skip
+    paths = {seed: arguments.results / f"{name}-{seed}.json" for seed in chosen["seeds"]}
+    if all(one.exists() and canonical(_only(read_json(one), facts)) == canonical(facts) for one in paths.values()):
+        print(f"{name}: has results")
+        return
+    scratch = arguments.data / "scratch" / name
+    shutil.rmtree(scratch, ignore_errors=True)  # of other settings, maybe
+    of = task(task_name)
+    started = time.perf_counter()
+    with Progress(config.steps, name) as bar:
+        trained = train(
+            algorithm, read_dsrl(path).episodes(), of, config, chosen["seeds"], scratch,
+            lambda step, figures: bar.advance(step - bar.done),
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    probes = probe(algorithm, read_dsrl(path).episodes(), of, config, chosen["seeds"], scratch)
+    starts = episode_seeds(20261124, chosen["episodes"])
+    for seed, model in zip(chosen["seeds"], trained, strict=True):
+        folder = arguments.data / "models" / f"{name}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_model(folder, model.config, model.files)
+        outcomes = run_jobs([Job(task_name, folder, limit, starts, 10) for limit in chosen["limits"]], 1)
+        result = {
+            **facts, "seed": seed, "seconds_all_members": round(seconds, 1),
+            "evaluations": [
+                {"limit": limit, "returns": np.round(one.returns, 4).tolist(), "costs": np.round(one.costs, 4).tolist()}
+                for limit, one in zip(chosen["limits"], outcomes, strict=True)
+            ],
+            "courses": {
+                key: [[int(row["step"]), round(row[key], 4)] for row in model.history]
+                for key in model.history[0]
+                if key != "step" and key.startswith(tuple(chosen["ours"][algorithm].get("courses", ["-"])))
+            },
+            "probe": probes.get(seed, {}),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }  # fmt: skip
+        write_json(paths[seed], result)
+    print(f"{name}: {seconds:.0f} s for all members, {time.perf_counter() - started:.0f} s with evaluation", flush=True)
+
+
+def _only(found: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    return {key: found.get(key) for key in like}
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    loaded: dict[str, Any] = json.loads(json.dumps(values))
+    return loaded
+
+
+def probe(
+    algorithm: str, episodes: list[Any], of: Any, config: Any, seeds: list[int], scratch: Path
+) -> dict[int, dict[str, float]]:
+    """CPQ's cost critic, by seed and limit: its mean for the data's actions and for uniform ones, as on OSRL's side."""
+    if algorithm != "cpq":
+        return {}
+    raise NotImplementedError
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    maker = commands.add_parser("data", help="make the data with our pipeline")
+    osrl = commands.add_parser("osrl", help="run OSRL's side")
+    ours = commands.add_parser("ours", help="run our side")
+    shower = commands.add_parser("table", help="print the tables of all result files")
+    for command in (maker, osrl, ours):
+        command.add_argument("--data", type=Path, required=True, help="folder of <task>.hdf5")
+    for command in (osrl, ours):
+        command.add_argument("--algorithm", action="append", help="only this one; may be given again")
+        command.add_argument("--task", action="append", help="only this one; may be given again")
+    osrl.add_argument("--seed", action="append", type=int)
+    osrl.add_argument("--limit", action="append", type=float, help="0: the models that serve all limits")
+    ours.add_argument("--mode", action="append", choices=("released", "intended"))
+    for command in (osrl, ours, shower):
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    arguments = parser.parse_args()
+    if arguments.command == "data":
+        make_data(arguments.data, settings()["tasks"])
+        data_files(arguments.data, settings()["tasks"])
+    elif arguments.command == "table":
+        from offline_tables import tables
+
+        print(tables(arguments.results, settings()))
+    else:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        (run_osrl if arguments.command == "osrl" else run_ours)(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -129,10 +129,10 @@ class TD3BC:
             self.optimisers["actor"].step()
             polyak(self.target_actor, self.actor, settings.tau)
             polyak(self.target_critics, self.critics, settings.tau)
-            self._actor_loss = loss.detach()
+            self.modules.get_buffer("actor_loss").copy_(loss.detach())
         return {
             "loss-critics": errors.detach(),
-            "loss-actor": self._actor_loss,
+            "loss-actor": self.modules.get_buffer("actor_loss").clone(),
             "value": values.detach().mean(dim=(1, 2)),
         }
 

@@ -52,6 +52,7 @@ _CLASSES = {
     "bullet-safety-gym": "springhead.rl.simulators.bullet:BulletEnv",
     "safety-gymnasium": "springhead.rl.simulators.safety_gymnasium:SafetyGymnasiumEnv",
     "metadrive": "springhead.rl.simulators.metadrive:MetaDriveEnv",
+    "gymnasium-robotics": "springhead.rl.simulators.point_maze:PointMazeEnv",
     "custom": "springhead.rl.simulators.custom:CustomEnv",
 }
 """The environment class of each family; gymnasium imports it when the first task of the family is made."""

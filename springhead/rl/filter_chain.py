@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from springhead.errors import BadInput
 from springhead.rl import filters, filters_released
 from springhead.rl.dataset import Dataset
-from springhead.rl.filter_state import Filtered, State, falsify, noisy, take
+from springhead.rl.filter_arrays import with_noise
+from springhead.rl.filter_state import Filtered, State, falsify, noisy
 from springhead.rl.filters import Judgement, Positions
 from springhead.rl.tasks import Task
 
 ORDER = ("range", "thin", "density", "outliers", "inpaint", "epsilon", "noise")
-"""The names of the rules, in the released order: that of collection (range, thin), then that
+"""The names of the released rules in the released order: that of collection (range, thin), then that
 of the benchmark's ``pre_process_data``."""
+RULES = (*ORDER, "subsample")
+"""The names of all rules."""
 
 
 Rule = (
@@ -33,6 +35,7 @@ Rule = (
     | filters.Inpaint
     | filters.Epsilon
     | filters.Noise
+    | filters.Subsample
 )
 
 
@@ -47,17 +50,18 @@ class Step:
     inpaint: filters.Inpaint | None = None
     epsilon: filters.Epsilon | None = None
     noise: filters.Noise | None = None
+    subsample: filters.Subsample | None = None
 
     def __post_init__(self) -> None:
-        named = [key for key in ORDER if getattr(self, key) is not None]
+        named = [key for key in RULES if getattr(self, key) is not None]
         if len(named) != 1:
             found = f"found {' and '.join(named)}" if named else "found none"
-            raise ValueError(f"a step names exactly one of {', '.join(ORDER)}; {found}")
+            raise ValueError(f"a step names exactly one of {', '.join(RULES)}; {found}")
 
     @property
     def rule(self) -> str:
         """The rule's name."""
-        return next(key for key in ORDER if getattr(self, key) is not None)
+        return next(key for key in RULES if getattr(self, key) is not None)
 
     @property
     def settings(self) -> Rule:
@@ -76,6 +80,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         rules = [step.rule for step in self.steps]
+        if self.released and (ours := set(rules) - set(ORDER)):
+            raise ValueError(f"steps: the released code has no {min(ours)}; leave it out or set released: false")
         for before, after in pairwise(rules):
             again = before == after != "inpaint"
             if self.released and (again or ORDER.index(before) > ORDER.index(after)):
@@ -83,42 +89,6 @@ class Settings:
                     f"steps: the released code cannot run {after} after {before}; its order is {', '.join(ORDER)}, "
                     "each once (several rectangles of inpaint), so reorder the steps or set released: false"
                 )
-
-
-def add_noise(state: State, scale: float, rng: np.random.Generator) -> None:
-    """Adds Gaussian noise to every state of every episode left.
-
-    Each state gets one noise vector, also where it appears as a successor, so that next_observations[t] stays
-    observations[t + 1].
-
-    Args:
-        state: What is left.
-        scale: Standard deviation, as a multiple of that of all observation entries together.
-        rng: Draws one vector per step, then one per episode for its last successor.
-    """
-    data = take(state.data, state.at)
-    deviation = np.float32(scale * spread(data.observations))
-    shape = data.observations.shape
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    noise *= deviation
-    before = data.observations + noise
-    after = data.next_observations.copy()
-    after[:-1] += noise[1:]
-    last = data.ends - 1
-    after[last] = data.next_observations[last] + deviation * rng.standard_normal(
-        (len(last), shape[1]), dtype=np.float32
-    )
-    noisy(state, replace(data, observations=before, next_observations=after), float(deviation))
-
-
-def spread(observations: npt.NDArray[np.float32]) -> float:
-    """Returns the one standard deviation of all entries, in float64 but without a float64 copy of them all."""
-    flat = observations.reshape(-1)
-    mean, square = float(flat.mean(dtype=np.float64)), 0.0
-    for start in range(0, len(flat), 1 << 16):
-        piece = flat[start : start + (1 << 16)].astype(np.float64) - mean
-        square += float(piece @ piece)
-    return float(np.sqrt(square / len(flat)))
 
 
 def resolved(settings: Rule, task: Task) -> Rule:
@@ -162,7 +132,10 @@ def _run(state: State, settings: Rule, rng: np.random.Generator, rectangle: str)
             honest = np.flatnonzero(~state.planted)
             state.judge(replace(filters.epsilon(returns[honest], costs[honest], settings), index=honest))
         case filters.Noise():
-            add_noise(state, settings.scale, rng)
+            noisy(state, *with_noise(state.data, state.at, settings.scale, rng))
+        case filters.Subsample():
+            lengths = (state.data.ends - state.data.starts)[state.at]
+            state.judge(filters.subsample(lengths, settings, rng))
 
 
 def _judge(state: State, judgements: list[Judgement]) -> None:

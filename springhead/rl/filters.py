@@ -164,6 +164,18 @@ class Noise:
             raise ValueError("scale must be above 0; leave the step out to switch the filter off")
 
 
+@dataclass(frozen=True)
+class Subsample:
+    """Settings of the subsampling: scarce data of the same kind."""
+
+    ratio: float
+    """Share of the steps to keep, above 0 and at most 1; whole episodes in random order until it is reached."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio:g}; it must be above 0 and at most 1")
+
+
 def ranges(returns: Floats, costs: Floats, settings: Ranges) -> list[Judgement]:
     """Rejects episodes outside a box of the plane: one judgement per bound that is set.
 
@@ -373,3 +385,25 @@ def epsilon(returns: Floats, costs: Floats, settings: Epsilon) -> Judgement:
     bound = returns[side].max() - abs(settings.epsilon) if side.any() else np.nan
     threshold = np.where(side, bound, np.nan)
     return Judgement("epsilon", np.arange(len(returns)), ~(value >= threshold), value, threshold)
+
+
+def subsample(lengths: npt.NDArray[np.int64], settings: Subsample, rng: np.random.Generator) -> Judgement:
+    """Keeps whole episodes, in random order, until a share of all steps is reached.
+
+    Source: Cen et al. 2024, "Learning from Sparse Offline Datasets via Conservative Density Estimation", its data
+    ratios. The last episode taken may go beyond the share. Of one generator's state a smaller share keeps a part of
+    what a greater one keeps.
+
+    Value is the share of the steps of the episodes before this one in the random order, threshold the ratio; episodes
+    below it are kept.
+
+    Args:
+        lengths: (n,) numbers of steps.
+        settings: The share.
+        rng: Draws the order.
+    """
+    order = rng.permutation(len(lengths))
+    before = np.zeros(len(lengths))
+    before[order[1:]] = np.cumsum(lengths[order], dtype=np.float64)[:-1] / float(lengths.sum())
+    threshold = np.full(len(lengths), settings.ratio)
+    return Judgement("subsample", np.arange(len(lengths)), before < settings.ratio, before, threshold)

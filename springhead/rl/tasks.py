@@ -1,9 +1,10 @@
 """The catalogue of tasks: dimensions, horizons, score ranges and cost limits.
 
-A task is an environment plus the constants by which policies are scored on it. The 38 of ``tasks.json`` are those of
-the DSRL benchmark (Liu et al. 2023, "Datasets and Benchmarks for Offline Safe Reinforcement Learning") with the
+A task is an environment plus the constants by which policies are scored on it. The first 38 of ``tasks.json`` are those
+of the DSRL benchmark (Liu et al. 2023, "Datasets and Benchmarks for Offline Safe Reinforcement Learning") with the
 benchmark's own constants, so scores computed here compare with published ones; ``docs/methods/tasks.md`` lists them
-and says where each number comes from. AntRun's lowest return repeats CarButton2's, most likely a slip in the
+and says where each number comes from. The others have sparse rewards, no cost, and constants that were measured here
+(``docs/methods/mazes.md``). AntRun's lowest return repeats CarButton2's, most likely a slip in the
 published table; it stays, because every published AntRun score was computed with it.
 
 A checkout may have tasks of its own: entries of ``environments/tasks.yaml``, in the same terms
@@ -51,11 +52,12 @@ class Task:
             cost is their maximum where ``cost_kind`` is ``binary``, their sum otherwise.
         data_file: The published data set's file name; empty if there is none.
         cost_key: Custom tasks only: the key of the step's info that holds the cost.
-        options: Custom tasks only: keyword arguments of ``gymnasium.make``.
+        options: Custom tasks: keyword arguments of ``gymnasium.make``. Mazes: ``goal_cell``, the row and column of the
+            goal.
     """
 
     name: str
-    family: Literal["bullet-safety-gym", "safety-gymnasium", "metadrive", "custom"]
+    family: Literal["bullet-safety-gym", "safety-gymnasium", "metadrive", "gymnasium-robotics", "custom"]
     env_id: str
     observation_dim: int
     action_dim: int

@@ -10,7 +10,7 @@ import pytest
 
 from springhead.errors import BadInput
 from springhead.params import load
-from springhead.rl import facts, filter_chain, filters
+from springhead.rl import facts, filters
 from springhead.rl.dataset import Dataset, Episode, read_dsrl, write_dsrl
 from springhead.rl.filter_chain import Settings, Step, apply
 from springhead.rl.filter_state import Filtered
@@ -197,11 +197,6 @@ def test_noise_keeps_successors_equal_to_the_next_state() -> None:
     assert left.looks[0].judgement.value == pytest.approx(size, rel=1e-6)
 
 
-def test_the_spread_is_that_of_all_entries_together() -> None:
-    entries = np.random.default_rng(0).normal(1000.0, 0.1, (40_000, 3)).astype(np.float32)
-    assert filter_chain.spread(entries) == pytest.approx(entries.std(dtype=np.float64), rel=1e-9)
-
-
 def test_changed_episodes_get_new_ids_and_the_decision_names_them() -> None:
     episodes = spread(10)
     left = chain(episodes, 0, {"outliers": Outliers(0.2, 10)}, {"noise": Noise(0.1)})
@@ -284,6 +279,29 @@ def test_a_filter_that_leaves_nothing_is_named_with_its_counts() -> None:
         chain(spread(6), range=Ranges(cost_max=-1.0))
 
 
+def test_subsampling_takes_whole_episodes_in_random_order_until_the_share_is_reached() -> None:
+    lengths = np.array([10, 20, 30, 40])
+    order = rng().permutation(4)
+    found = filters.subsample(lengths, filters.Subsample(0.5), rng())
+    taken = [i for place, i in enumerate(order) if lengths[order[:place]].sum() < 50]
+    assert found.survivors().tolist() == sorted(taken)
+    assert 50 <= lengths[found.survivors()].sum() < 50 + lengths[taken[-1]]
+    assert found.value[order].tolist() == [lengths[order[:place]].sum() / 100 for place in range(4)]
+    assert filters.subsample(lengths, filters.Subsample(1.0), rng()).kept.all()
+
+
+def test_a_smaller_share_is_a_part_of_a_greater_one_and_another_seed_draws_others() -> None:
+    episodes = spread(100)
+    ids = {
+        (ratio, seed): {e.id for e in chain(episodes, seed, subsample=filters.Subsample(ratio)).dataset.episodes()}
+        for ratio in (0.01, 0.1, 1.0)
+        for seed in (0, 1)
+    }
+    assert ids[0.01, 0] < ids[0.1, 0] < ids[1.0, 0] == ids[1.0, 1]
+    assert ids[0.1, 0] != ids[0.1, 1]
+    assert len(ids[0.1, 0]) == 10
+
+
 def test_episodes_of_equal_cost_pass_the_grid() -> None:
     left = chain(dataset([(float(i), 3) for i in range(9)]), density=Density(10, 3, 2, 1))
     assert len(left.dataset) == 6  # three cells of three, two of each kept
@@ -324,6 +342,8 @@ STEPS = "params.yaml: rl.filter.steps"
             {"steps": [{"noise": {"scale": 1}}, {"density": {}}], "released": True},
             r"rl\.filter: steps: the released code cannot run density after noise",
         ),
+        ({"steps": [{"subsample": {"ratio": 0}}]}, r"\.subsample: ratio is 0; it must be above 0 and at most 1"),
+        ({"steps": [{"subsample": {"ratio": 0.1}}], "released": True}, "steps: the released code has no subsample"),
         ({"steps": [{"density": {}}, {"density": {}}], "released": True}, "cannot run density after density"),
     ],
 )

@@ -24,7 +24,8 @@ def density_of(entry):
 
 
 def test_the_catalogue_is_the_published_table():
-    published = {name for name, known in TASKS.items() if known.family != "custom"}
+    suites = ("bullet-safety-gym", "safety-gymnasium", "metadrive")
+    published = {name for name, known in TASKS.items() if known.family in suites}
     assert published == set(PUBLISHED)
     assert len(published) == 38
     for name, entry in PUBLISHED.items():

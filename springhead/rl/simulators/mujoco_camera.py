@@ -31,12 +31,13 @@ class Camera:
         width: Of a picture, in pixels.
         height: Of a picture, in pixels.
         tracking: Name of the model's camera to look through; None looks down on the whole scene.
+        distance: From where it looks down, in metres.
 
     Raises:
         BadInput: If there is neither EGL nor OSMesa.
     """
 
-    def __init__(self, model: Any, width: int, height: int, tracking: str | None) -> None:
+    def __init__(self, model: Any, width: int, height: int, tracking: str | None, distance: float = 6.0) -> None:
         self._model = model
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self._gl, self._context = _open(model, width, height)
@@ -46,7 +47,7 @@ class Camera:
         self._options.geomgroup[:] = 1
         self._view = mujoco.MjvCamera()
         if tracking is None:
-            self._view.lookat, self._view.distance = [0.0, 0.0, 0.0], 6.0
+            self._view.lookat, self._view.distance = [0.0, 0.0, 0.0], distance
             self._view.azimuth, self._view.elevation = 90.0, -60.0
         else:
             self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED

@@ -1,6 +1,7 @@
-"""CDT: relabelling and losses by hand, causality, the sampler, the learning curve, resuming, acting."""
+"""CDT: relabelling and losses by hand, causality, the sampler, members, the learning curve, resuming, acting."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from springhead.errors import BadInput
+from springhead.rl.dataset import Episode
 from springhead.rl.offline import cdt
 from springhead.rl.offline.batches import flatten
+from springhead.rl.offline.contract import Generators, Member
 from springhead.rl.offline.relabelling import (
     Augmentation,
     Items,
@@ -20,16 +23,17 @@ from springhead.rl.offline.relabelling import (
     safe_answers,
 )
 from springhead.rl.offline.sequences import Batch, Sampler, Scheme, to_go
-from springhead.rl.offline.transformer import Outputs, Transformer
+from springhead.rl.offline.training import Trained, train
+from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
 from springhead.rl.policy import load_policy, save_model
 from tests.rl.offline_data import BALL, dataset, episode, spread
 
 pytestmark = pytest.mark.unit
-SMALL = cdt.Settings(
-    steps=6, batch_size=8, context=4, width=8, layers=1, heads=2, learning_rate=1e-2, warmup=2, decay=True,
-    augmentation=Augmentation(min_per_cell=0), checkpoint_every=2,
+SMALL = cdt.CDTSettings(
+    steps=10, batch_size=8, context=4, width=8, layers=2, heads=2, learning_rate=1e-2, warmup=2, decay=True,
+    augmentation=Augmentation(min_per_cell=0), checkpoint_every=4, report_every=1,
 )  # fmt: skip
-PINNED = [1.93651, 1.83214, 1.72447, 1.65675, 1.60585, 1.58313]
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 def rng() -> np.random.Generator:
@@ -108,8 +112,8 @@ def test_to_go_sums_each_episode_on_its_own() -> None:
     assert to_go(values, torch.tensor([3, 2])).tolist() == [6.0, 5.0, 3.0, 30.0, 20.0]
 
 
-def sampler(items: Items, cap: float = 70.0, size: int = 512) -> Sampler:
-    return Sampler(flatten(DATA, BALL), items, Scheme(size, 3, 0.5, 1.0, 50.0, cap, "cpu"))
+def sampler(*items: Items, cap: float = 70.0, size: int = 512) -> Sampler:
+    return Sampler(flatten(DATA, BALL), items, Scheme(size, 3, 0.5, 1.0, 50.0, cap), Generators(range(len(items))))
 
 
 DATA = dataset([(20.0, 2), (40.0, 5)], length=5)
@@ -117,37 +121,45 @@ DATA = dataset([(20.0, 2), (40.0, 5)], length=5)
 
 def test_relabelling_shifts_the_whole_curve() -> None:
     items = Items(np.array([1]), np.array([100.0]), np.array([8.0]))
-    batch = sampler(items).draw(torch.Generator().manual_seed(0))
-    first = int(torch.nonzero(batch.times[:, 0] == 0)[0])
+    batch = sampler(items).draw()
+    first = int(torch.nonzero(batch.times[0, :, 0] == 0)[0])
     # Return 40 in steps of 8, asked for as 100: 100, 92, 84, half of it by the scale.
-    assert batch.returns[first].tolist() == pytest.approx([50.0, 46.0, 42.0])
+    assert batch.inputs[0, first, :, 0].tolist() == pytest.approx([50.0, 46.0, 42.0])
     # Cost 5, one at every step, asked for as 8: 50 - 8, 50 - 7, 50 - 6.
-    assert batch.costs[first].tolist() == pytest.approx([42.0, 43.0, 44.0])
-    assert batch.step_costs[first].tolist() == [1.0, 1.0, 1.0]
+    assert batch.inputs[0, first, :, 1].tolist() == pytest.approx([42.0, 43.0, 44.0])
+    assert batch.step_costs[0, first].tolist() == [1.0, 1.0, 1.0]
+    data = DATA[1]
+    np.testing.assert_array_equal(batch.inputs[0, first, :, 2:-2].numpy(), data.observations[:3])
+    np.testing.assert_array_equal(batch.actions[0, first].numpy(), data.actions[:3])
+    assert torch.equal(batch.inputs[..., -2:], batch.actions)
 
 
 def test_sequences_are_padded_on_the_right_and_masked() -> None:
-    batch = sampler(plain(np.array([20.0, 40.0]), np.array([2.0, 5.0]))).draw(torch.Generator().manual_seed(0))
-    last = batch.times[:, 0] == 4
+    batch = sampler(plain(np.array([20.0, 40.0]), np.array([2.0, 5.0]))).draw()
+    last = batch.times[0, :, 0] == 4
     assert last.any()
-    assert batch.mask[last].tolist() == [[1.0, 0.0, 0.0]] * int(last.sum())
-    assert (batch.observations[last][:, 1:] == 0).all()
-    assert batch.mask.sum(1).min() >= 1
+    assert batch.mask[0, last].tolist() == [[1.0, 0.0, 0.0]] * int(last.sum())
+    assert (batch.inputs[0, last][:, 1:] == 0).all()
+    assert (batch.inputs[0, last][:, 0] != 0).all()
+    assert batch.mask.sum(2).min() >= 1
+    assert set(batch.times[0, :, 0].tolist()) == {0, 1, 2, 3, 4}
 
 
-def test_episodes_are_drawn_in_proportion_to_cap_less_cost() -> None:
-    items = Items(np.array([0, 1]), np.array([20.0, 40.0]), np.array([10.0, 55.0]))
-    batch = sampler(items, cap=70.0, size=4000).draw(torch.Generator().manual_seed(0))
+def test_each_member_draws_its_own_items_in_proportion_to_cap_less_cost() -> None:
+    both = Items(np.array([0, 1]), np.array([20.0, 40.0]), np.array([10.0, 55.0]))
+    one = Items(np.array([1]), np.array([40.0]), np.array([30.0]))
+    batch = sampler(both, one, cap=70.0, size=4000).draw()
     # Costs-to-go at the first step tell the items apart: 60 against 15 of 75.
-    starts = batch.times[:, 0] == 0
-    share = (batch.costs[starts][:, 0] == 50.0 - 10.0).float().mean()
+    starts = batch.times[..., 0] == 0
+    share = (batch.inputs[0, starts[0]][:, 0, 1] == 50.0 - 10.0).float().mean()
     assert share == pytest.approx(0.8, abs=0.04)
+    assert (batch.inputs[1, starts[1]][:, 0, 1] == 50.0 - 30.0).all()
 
 
 def test_an_episode_at_the_cap_is_never_drawn_and_none_below_is_an_error() -> None:
     items = Items(np.array([0, 1]), np.array([20.0, 40.0]), np.array([10.0, 70.0]))
-    batch = sampler(items, cap=70.0).draw(torch.Generator().manual_seed(0))
-    assert (batch.costs[batch.times[:, 0] == 0][:, 0] == 40.0).all()
+    batch = sampler(items, cap=70.0).draw()
+    assert (batch.inputs[0, batch.times[0, :, 0] == 0][:, 0, 1] == 40.0).all()
     with pytest.raises(BadInput, match=r"sampling cap 10 \(the cheapest costs 10"):
         sampler(items, cap=10.0)
 
@@ -155,161 +167,293 @@ def test_an_episode_at_the_cap_is_never_drawn_and_none_below_is_an_error() -> No
 # -- network and losses -----------------------------------------------------------------------
 
 
-def network(**changes: int) -> Transformer:
-    shape = {"observation_dim": 8, "action_dim": 2, "time_steps": 30, "width": 16, "layers": 2, "heads": 4}
-    made = Transformer(
-        **{**shape, "cost_outputs": 2, **changes}, dropout=0.1, generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():  # the small initial weights would make every difference tiny
+SHAPE = Shape(observation_dim=8, action_dim=2, time_steps=30, width=16, layers=2, heads=4, cost_outputs=2)
+
+
+def network(*seeds: int) -> Transformer:
+    made = Transformer(Generators(seeds or (0,)), SHAPE)
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():  # the small initial weights would make every difference tiny, and the norms start at 1 and 0
         for parameter in made.parameters():
-            parameter.mul_(8.0)
-    return made.eval()
+            parameter.mul_(8.0).add_(torch.randn(parameter.shape, generator=g), alpha=0.1)
+    return made
 
 
-def tokens(batch: int = 2, steps: int = 6) -> list[torch.Tensor]:
+def tokens(batch: int = 2, steps: int = 6, members: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
-    floats = [torch.randn(batch, steps, *more, generator=g) for more in ((), (), (8,), (2,))]
-    return [*floats, torch.arange(steps).expand(batch, steps)]
+    inputs = torch.randn(members, batch, steps, 12, generator=g)
+    return inputs, torch.arange(steps).expand(members, batch, steps)
+
+
+def by_numpy(net: Transformer, inputs: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The network's outputs for one sequence (steps, 12), computed token by token in NumPy."""
+    w = {name: value[0].numpy().astype(np.float64) for name, value in net.state_dict().items()}
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"][0]
+
+    x = []
+    for row, time in zip(inputs, times, strict=True):
+        kinds = (("return", row[:1]), ("cost", row[1:2]), ("state", row[2:10]), ("action", row[10:]))
+        x += [linear(part, f"{kind}_token") + w["time"][time] for kind, part in kinds]
+    h = norm(np.array(x), "norm_in")
+    for block in ("blocks.0", "blocks.1"):
+        query, key, value = np.split(linear(norm(h, f"{block}.norm_attention"), f"{block}.qkv"), 3, axis=-1)
+        seen = np.zeros_like(h)
+        for i in range(len(h)):
+            for head in range(4):
+                own = slice(4 * head, 4 * head + 4)
+                scores = np.exp(key[: i + 1, own] @ query[i, own] / 2.0)
+                seen[i, own] = scores / scores.sum() @ value[: i + 1, own]
+        h = h + linear(seen, f"{block}.mix")
+        up = linear(norm(h, f"{block}.norm_mlp"), f"{block}.up")
+        gelu = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
+        h = h + linear(gelu, f"{block}.down")
+    h = norm(h, "norm_out")
+    return linear(h[2::4], "action_head"), linear(h[3::4], "cost_head")
+
+
+def test_outputs_by_hand_and_of_each_member_alone() -> None:
+    net = network(0, 1)
+    inputs, times = tokens(members=2, batch=3)
+    together = net(inputs, times)
+    for number in range(2):
+        alone = network(0)
+        alone.load_state_dict(net.member(number))
+        single = alone(inputs[number : number + 1], times[:1])
+        torch.testing.assert_close(together.mean[number], single.mean[0])
+        torch.testing.assert_close(together.cost[number], single.cost[0])
+        torch.testing.assert_close(alone(inputs[number : number + 1], times[:1], costs=False).mean, single.mean)
+        action, cost = by_numpy(alone, inputs[number, 1].double().numpy(), times[0, 1].numpy())
+        np.testing.assert_allclose(single.mean[0, 1].detach(), action[:, :2], atol=1e-4)
+        np.testing.assert_allclose(single.log_std[0, 1].detach(), action[:, 2:], atol=1e-4)
+        np.testing.assert_allclose(single.cost[0, 1].detach(), cost, atol=1e-4)
 
 
 def test_the_future_and_this_steps_action_do_not_change_an_action() -> None:
-    net, inputs = network(), tokens()
-    before = net(*inputs)
-    for number in range(4):
-        changed = [value.clone() for value in inputs]
-        changed[number][:, 4:] += 10.0
-        after = net(*changed)
-        torch.testing.assert_close(after.mean[:, :4], before.mean[:, :4])
-        torch.testing.assert_close(after.cost[:, :4], before.cost[:, :4])
-        if number == 3:  # the action of step 4 shows from step 5 on
-            torch.testing.assert_close(after.mean[:, 4], before.mean[:, 4])
-        else:
-            assert (after.mean[:, 4] - before.mean[:, 4]).abs().max() > 1e-3
-        assert (after.mean[:, 5] - before.mean[:, 5]).abs().max() > 1e-3
+    net, (inputs, times) = network(), tokens()
+    for drop in (None, lambda values: values):  # with dropout, attention is computed by other code
+        before = net(inputs, times, drop)
+        for columns in (slice(0, 1), slice(1, 2), slice(2, 10), slice(10, 12)):
+            changed = inputs.clone()
+            changed[:, :, 4:, columns] += 10.0
+            after = net(changed, times, drop)
+            torch.testing.assert_close(after.mean[:, :, :4], before.mean[:, :, :4])
+            torch.testing.assert_close(after.cost[:, :, :4], before.cost[:, :, :4])
+            if columns.start == 10:  # the action of step 4 shows from step 5 on
+                torch.testing.assert_close(after.mean[:, :, 4], before.mean[:, :, 4])
+            else:
+                assert (after.mean[:, :, 4] - before.mean[:, :, 4]).abs().max() > 1e-3
+            assert (after.mean[:, :, 5] - before.mean[:, :, 5]).abs().max() > 1e-3
+    torch.testing.assert_close(before.mean, net(inputs, times).mean)  # dropout that drops nothing
 
 
 def test_rows_of_a_batch_do_not_influence_each_other() -> None:
-    net, inputs = network(), tokens(batch=3)
-    together = net(*inputs).mean
-    alone = net(*[value[1:2] for value in inputs]).mean
-    torch.testing.assert_close(together[1:2], alone)
+    net, (inputs, times) = network(), tokens(batch=3)
+    together = net(inputs, times).mean
+    torch.testing.assert_close(together[:, 1:2], net(inputs[:, 1:2], times[:, 1:2]).mean)
+
+
+def test_dropout_keeps_the_mean_and_each_members_own_draws() -> None:
+    ones = torch.ones(2, 100, 100)
+    dropped = Dropout(0.1, Generators([3, 5]))(ones)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert (dropped == 0).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(Dropout(0.1, Generators([5]))(ones[:1])[0], dropped[1])
+
+
+def batch_of(actions: torch.Tensor, step_costs: torch.Tensor, mask: torch.Tensor) -> Batch:
+    """One member's batch of one sequence."""
+    return Batch(torch.zeros(1, 1, len(mask), 12), actions[None, None], step_costs[None, None],
+                 torch.arange(len(mask))[None, None], mask[None, None])  # fmt: skip
 
 
 def test_losses_by_hand() -> None:
-    mean, log_std = torch.zeros(1, 2, 2), torch.tensor([[[0.0, math.log(2.0)], [9.0, 9.0]]])
-    outputs = Outputs(mean, log_std, torch.tensor([[[0.0, math.log(3.0)], [5.0, -5.0]]]))
-    zeros = torch.zeros(1, 2)
-    batch = Batch(
-        returns=zeros, costs=zeros, observations=torch.zeros(1, 2, 8),
-        actions=torch.tensor([[[1.0, 2.0], [7.0, 7.0]]]), times=torch.zeros(1, 2, dtype=torch.long),
-        step_costs=torch.tensor([[1.0, 0.0]]), mask=torch.tensor([[1.0, 0.0]]),
-    )  # fmt: skip
+    mean, log_std = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, math.log(2.0)], [9.0, 9.0]]]])
+    outputs = Outputs(mean, log_std, torch.tensor([[[[0.0, math.log(3.0)], [5.0, -5.0]]]]))
+    batch = batch_of(torch.tensor([[1.0, 2.0], [7.0, 7.0]]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
     log_two_pi = math.log(2 * math.pi)
     log_prob = -0.5 * (1 + log_two_pi) - 0.5 * (1 + log_two_pi) - math.log(2.0)
     entropy = (1 + log_two_pi) + math.log(2.0)
-    joint = cdt.losses(outputs, batch, torch.tensor(0.1), "joint")
+    one = torch.ones(1)
+    joint = cdt.losses(outputs, batch, 0.1 * one, "joint", one)
     assert float(joint.entropy) == pytest.approx(entropy, rel=1e-5)
     assert float(joint.action) == pytest.approx(-(log_prob + 0.1 * entropy), rel=1e-5)
     assert float(joint.cost) == pytest.approx(-math.log(3 / 4), rel=1e-5)
-    mean_of = cdt.losses(outputs, batch, torch.tensor(0.1), "per-dimension")
+    mean_of = cdt.losses(outputs, batch, 0.1 * one, "per-dimension", one)
     assert float(mean_of.entropy) == pytest.approx(entropy / 2, rel=1e-5)
     assert float(mean_of.action) == pytest.approx(float(joint.action) / 2, rel=1e-5)
+    assert float(mean_of.cost) == pytest.approx(float(joint.cost), rel=1e-5)
 
 
 def test_a_continuous_cost_is_regressed() -> None:
-    outputs = Outputs(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[[0.5]]]))
-    one = torch.ones(1, 1)
-    batch = Batch(one, one, torch.zeros(1, 1, 8), torch.zeros(1, 1, 2), one.long(), torch.tensor([[2.5]]), one)
-    assert float(cdt.losses(outputs, batch, torch.tensor(0.1), "joint").cost) == pytest.approx(4.0)
+    outputs = Outputs(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.5]]]]))
+    batch = batch_of(torch.zeros(1, 2), torch.tensor([2.5]), torch.ones(1))
+    assert float(cdt.losses(outputs, batch, torch.ones(1), "joint", torch.ones(1)).cost) == pytest.approx(4.0)
+
+
+def test_slices_of_a_batch_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_settings = replace(SMALL, dropout=0.0, batch_size=20)
+    whole = run(tmp_path / "whole", plain_settings)
+    monkeypatch.setattr(cdt, "_SLICE", 7)
+    sliced = run(tmp_path / "sliced", plain_settings)
+    for name, value in whole.files["policy.safetensors"].items():
+        torch.testing.assert_close(sliced.files["policy.safetensors"][name], value, atol=1e-5, rtol=1e-4)
+    assert sliced.history[-1] == pytest.approx(whole.history[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize(("entropy", "sign"), [(-1.9, 1.0), (-2.1, -1.0)])
 def test_the_temperature_moves_by_the_joint_target(entropy: float, sign: float) -> None:
-    log = torch.tensor(math.log(0.1), requires_grad=True)
-    cdt.temperature_loss(log, torch.tensor(entropy), action_dim=2).backward()
-    assert float(log.grad) == pytest.approx(0.1 * (entropy + 2), rel=1e-4)
-    assert np.sign(float(log.grad)) == sign  # a positive gradient lowers it
+    gradient = cdt.temperature_gradient(torch.tensor([math.log(0.1)]), torch.tensor([entropy]), action_dim=2)
+    assert float(gradient) == pytest.approx(0.1 * (entropy + 2), rel=1e-4)
+    assert np.sign(float(gradient)) == sign  # a positive gradient lowers it
+
+
+def learner(settings: cdt.CDTSettings = SMALL, seeds: Sequence[int] = (3,)) -> cdt.CDT:
+    return cdt.CDT("cdt", flatten(spread(12), BALL), BALL, settings, [Member(seed) for seed in seeds])
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
-    settings = replace(SMALL, steps=10, warmup=4, learning_rate=1.0)
-    learner = cdt.Learner(network(), settings, 2, torch.Generator())
-    assert [learner.rate(step) for step in (1, 2, 4)] == [0.25, 0.5, 1.0]
-    assert learner.rate(7) == pytest.approx(0.5)
-    assert learner.rate(10) == pytest.approx(0.0)
-    learner.settings = replace(settings, decay=False)
-    assert learner.rate(10) == 1.0
+    made = learner(replace(SMALL, steps=10, warmup=4, learning_rate=1.0))
+    assert [made.rate(step) for step in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert made.rate(7) == pytest.approx(0.5)
+    assert made.rate(10) == pytest.approx(0.0)
+    made.settings = replace(made.settings, decay=False)
+    assert made.rate(10) == 1.0
+
+
+def test_an_update_is_one_step_of_adamw_down_the_clipped_gradient() -> None:
+    """The first step of AdamW moves each weight by the rate against its gradient's sign, after the weight decay."""
+    made = learner(replace(SMALL, warmup=0, decay=False, learning_rate=0.01, dropout=0.0, weight_decay=0.1))
+    before = {name: value.clone() for name, value in made.network.named_parameters()}
+    figures = made.update(1)
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in made.network.parameters()))
+    assert clipped == pytest.approx(min(float(figures["gradient_norm"]), 0.25), rel=1e-4)
+    for name, value in made.network.named_parameters():
+        moved = 0.01 * value.grad / (value.grad.abs() + 1e-8) + 0.01 * 0.1 * before[name]
+        torch.testing.assert_close(before[name] - value.detach(), moved, atol=1e-5, rtol=1e-3)
+    assert float(figures["temperature"]) == pytest.approx(0.1)
+    assert float(made.log_temperature) == pytest.approx(math.log(0.1) - 1e-4, abs=1e-6)
 
 
 # -- training ---------------------------------------------------------------------------------
 
 
+PINNED = [2.01909, 1.90476, 1.78386, 1.73625, 1.58903, 1.56455, 1.59631, 1.5668, 1.57563, 1.5462]
+
+
+def run(
+    folder: Path,
+    settings: cdt.CDTSettings = SMALL,
+    episodes: Sequence[Episode] | None = None,
+    seed: int = 3,
+    on_step: OnStep = lambda step, figures: None,
+) -> Trained:
+    return train("cdt", spread(12) if episodes is None else episodes, BALL, settings, [seed], folder, on_step)[0]
+
+
 def test_the_first_losses_are_pinned(tmp_path: Path) -> None:
     found: list[float] = []
-    cdt.train(spread(12), BALL, SMALL, 3, tmp_path, lambda step, figures: found.append(figures["loss"]))
+    run(tmp_path, on_step=lambda step, figures: found.append(figures["loss"]))
     assert found == pytest.approx(PINNED, rel=1e-4)
+
+
+def test_members_trained_together_equal_members_trained_alone(tmp_path: Path) -> None:
+    together = train("cdt", spread(12), BALL, SMALL, [3, 4], tmp_path / "both")
+    for seed, own in zip([3, 4], together, strict=True):
+        alone = run(tmp_path / str(seed), seed=seed)
+        assert own.config == alone.config
+        assert own.history[-1] == pytest.approx(alone.history[-1], rel=1e-3)
+        for name, value in alone.files["policy.safetensors"].items():
+            torch.testing.assert_close(own.files["policy.safetensors"][name], value, atol=1e-4, rtol=1e-3)
+    first, second = (own.files["policy.safetensors"]["action_head.weight"] for own in together)
+    assert (first - second).abs().max() > 1e-2
 
 
 def test_it_learns_actions_that_follow_from_states(tmp_path: Path) -> None:
     settings = replace(SMALL, steps=150, batch_size=32, width=16, warmup=10, dropout=0.0, checkpoint_every=150)
     losses: list[float] = []
-    cdt.train(spread(20), BALL, settings, 0, tmp_path, lambda step, figures: losses.append(figures["loss"]))
+    run(tmp_path, settings, spread(20), on_step=lambda step, figures: losses.append(figures["loss"]))
     assert losses[-1] < losses[0] - 1.0
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = cdt.train(spread(12), BALL, SMALL, 3, tmp_path / "whole")
+    whole = run(tmp_path / "whole")
 
     def stop(step: int, figures: dict[str, float]) -> None:
-        if step == 5:
+        if step == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cdt.train(spread(12), BALL, SMALL, 3, tmp_path / "cut", stop)
+        run(tmp_path / "cut", on_step=stop)
     torch.rand(5)  # other use of torch's own generator must not matter
     seen: list[int] = []
-    resumed = cdt.train(spread(12), BALL, SMALL, 3, tmp_path / "cut", lambda step, figures: seen.append(step))
-    assert seen == [4, 5, 6]
+    resumed = run(tmp_path / "cut", on_step=lambda step, figures: seen.append(step))
+    assert seen == [4, 5, 6, 7, 8, 9, 10]
     assert resumed.history == whole.history
     for folder, trained in (("a", whole), ("b", resumed)):
         save_model(tmp_path / folder, trained.config, trained.files)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "policy.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_training_leaves_the_callers_generator_alone(tmp_path: Path) -> None:
+def test_torchs_own_generator_is_not_used(tmp_path: Path) -> None:
+    made = learner()
     before = torch.get_rng_state()
-    cdt.train(spread(6), BALL, replace(SMALL, steps=1), 0, tmp_path)
+    made.update(1)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    cdt.train(spread(6), BALL, SMALL, 0, tmp_path)
-    (tmp_path / "step-00000006" / "state.safetensors").write_bytes(b"short")
-    with pytest.raises(BadInput, match="step-00000006: damaged checkpoint"):
-        cdt.train(spread(6), BALL, SMALL, 0, tmp_path)
+    run(tmp_path)
+    (tmp_path / "step-00000010" / "state.safetensors").write_bytes(b"short")
+    with pytest.raises(BadInput, match="step-00000010: damaged checkpoint"):
+        run(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(tmp_path: Path) -> None:
     wild = replace(SMALL, learning_rate=1e38, steps=50, warmup=0)
-    with pytest.raises(BadInput, match=r"not finite at step \d+; the last good state"):
-        cdt.train(spread(4), BALL, wild, 0, tmp_path)
+    with pytest.raises(
+        BadInput, match=r"not finite at step \d+; no state was kept yet. Lower the learning rates of cdt"
+    ):
+        run(tmp_path, wild)
 
 
 def test_small_and_flat_data_sets_train(tmp_path: Path) -> None:
     one = replace(SMALL, steps=2)
     for number, episodes in enumerate(([episode(5.0, 1)], dataset([(1.0, 4), (2.0, 4), (3.0, 4)]))):
-        assert cdt.train(episodes, BALL, one, 0, tmp_path / str(number)).history[-1]["step"] == 2
+        assert run(tmp_path / str(number), one, episodes).history[-1]["step"] == 2
 
 
-def test_continuous_costs_get_a_head_of_one_output(tmp_path: Path) -> None:
+def test_continuous_costs_get_a_head_of_one_output_unless_they_are_to_be_truncated(tmp_path: Path) -> None:
+    one = replace(SMALL, steps=1)
     half = [replace(e, costs=e.costs * np.float32(0.5)) for e in spread(6)]
-    assert cdt.train(half, BALL, replace(SMALL, steps=1), 0, tmp_path).config["cost_outputs"] == 1
+    assert run(tmp_path / "a", one, half).config["cost_outputs"] == 1
+    released = replace(one, cost_head="truncated")
+    assert run(tmp_path / "b", released, half).config["cost_outputs"] == 2
+    with pytest.raises(BadInput, match=r"classes 0 and 1, a step costs 2; use 'fitting'"):
+        run(tmp_path / "c", released, [replace(e, costs=e.costs * np.float32(2.0)) for e in spread(6)])
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"rl\.train\.cdt\.device: 'abacus' cannot be used here"):
-        cdt.train(spread(4), BALL, replace(SMALL, device="abacus"), 0, tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": (64,)}, "hidden does not shape a transformer; remove it, and set width and layers"),
+        ({"width": 9}, "width is 9; use a multiple of heads, 2"),
+        ({"context": 0}, "context is 0; use at least 1"),
+        ({"dropout": 1.0}, "dropout is 1; use a number below 1"),
+        ({"target_margin": -0.1}, "target_margin is -0.1; use a number between 0 and 1"),
+        ({"gradient_clip": 0.0}, "gradient_clip is 0.0; use more than 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
 
 
 # -- acting -----------------------------------------------------------------------------------
@@ -317,7 +461,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def policy(tmp_path: Path) -> cdt.CdtPolicy:
-    trained = cdt.train(spread(12), BALL, replace(SMALL, target_margin=0.1), 3, tmp_path / "s")
+    trained = run(tmp_path / "s", replace(SMALL, target_margin=0.1))
     save_model(tmp_path / "m", trained.config, trained.files)
     loaded = load_policy(tmp_path / "m")
     assert isinstance(loaded, cdt.CdtPolicy)
@@ -333,7 +477,7 @@ def test_the_return_target_is_the_best_return_within_the_limit(policy: cdt.CdtPo
 
 def test_a_table_of_return_targets_comes_first(tmp_path: Path) -> None:
     table = {"BallCircle": ((40.0, 800.0), (10.0, 700.0)), "CarRun": ((10.0, 575.0),)}
-    trained = cdt.train(spread(5), BALL, replace(SMALL, steps=1, return_targets=table), 0, tmp_path / "s")
+    trained = run(tmp_path / "s", replace(SMALL, steps=1, return_targets=table))
     save_model(tmp_path / "m", trained.config, trained.files)
     loaded = cdt.load(tmp_path / "m")
     assert [loaded.return_target(limit) for limit in (5, 10, 39, 40)] == [700.0, 700.0, 700.0, 800.0]
@@ -367,9 +511,10 @@ def test_acting_sees_the_targets_that_training_saw(policy: cdt.CdtPolicy, monkey
     seen: list[tuple[float, float, int]] = []
     real = policy._network.forward
 
-    def spy(returns: torch.Tensor, costs: torch.Tensor, *rest: torch.Tensor) -> Outputs:
-        seen.append((float(returns[0, -1]), float(costs[0, -1]), returns.shape[1]))
-        return real(returns, costs, *rest)
+    def spy(inputs: torch.Tensor, times: torch.Tensor, costs: bool) -> Outputs:
+        seen.append((float(inputs[0, 0, -1, 0]), float(inputs[0, 0, -1, 1]), inputs.shape[2]))
+        assert times[0, 0].tolist() == list(range(len(seen) - inputs.shape[2], len(seen)))
+        return real(inputs, times, costs=costs)
 
     monkeypatch.setattr(policy._network, "forward", spy)
     policy.reset(1, 10.0)

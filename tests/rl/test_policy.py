@@ -10,8 +10,10 @@ from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import tree_digest
 from springhead.rl.networks import ExpertConfig, ExpertPolicy, GaussianActor, save_expert, weights_of
-from springhead.rl.offline import bc, cdt
+from springhead.rl.offline.bc import BCSettings
+from springhead.rl.offline.cdt import CDTSettings
 from springhead.rl.offline.relabelling import Augmentation
+from springhead.rl.offline.training import train
 from springhead.rl.policy import Policy, load_policy, predict, read_tensors, save_model
 from tests.rl.offline_data import BALL, spread
 
@@ -20,17 +22,17 @@ ROWS = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 
 
 def bc_model(folder: Path) -> Path:
-    settings = bc.Settings(steps=2, batch_size=8, hidden=(8,))
-    trained = bc.train("safe", spread(8), BALL, settings, 0, folder / "scratch")
+    settings = BCSettings(steps=2, batch_size=8, hidden=(8,))
+    trained = train("bc-safe", spread(8), BALL, settings, [0], folder / "scratch")[0]
     save_model(folder / "model", trained.config, trained.files)
     return folder / "model"
 
 
 def cdt_model(folder: Path) -> Path:
-    settings = cdt.Settings(
+    settings = CDTSettings(
         steps=2, batch_size=4, context=3, width=8, layers=1, heads=2, augmentation=Augmentation(min_per_cell=0)
     )
-    trained = cdt.train(spread(8), BALL, settings, 0, folder / "scratch")
+    trained = train("cdt", spread(8), BALL, settings, [0], folder / "scratch")[0]
     save_model(folder / "model", trained.config, trained.files)
     return folder / "model"
 
@@ -119,7 +121,7 @@ def test_a_changed_configuration_is_refused(tmp_path: Path, name: str) -> None:
     for changes, message in (
         ({"format": 99}, "format 99, this version reads format 1"),
         ({"hidden": [9], "width": 12}, "weights and configuration are not of one model"),
-        ({"hidden": "wide", "width": "wide"}, "not a (BC|CDT) configuration"),
+        ({"hidden": "wide", "width": "wide"}, "not (an actor's|a CDT) configuration"),
     ):
         write_json(folder / "config.json", {**config, **changes})
         with pytest.raises(BadInput, match=message):

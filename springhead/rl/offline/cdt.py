@@ -13,15 +13,16 @@ Deviations from the released code, with reasons in ``docs/methods/cdt.md``:
   4. Return targets come from the data's frontier, not from a hand-made table (``return_targets``
      takes a table).
   5. Augmented targets keep their own episode; frontier fits and grids have guards.
-  6. Continuous costs train a regression head; the released code truncates them to classes.
+  6. Continuous costs train a regression head; the released code truncates them (``cost_head="truncated"``).
   7. The state-prediction head, whose published weight is 0, is left out.
-  8. The log standard deviation is clamped; the learning rate may decay (``decay``).
+  8. The log standard deviation is clamped (``bounded``); the learning rate may decay (``decay``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,25 +32,38 @@ from torch import nn
 from torch.nn import functional as F
 
 from springhead.errors import BadInput
-from springhead.rl.dataset import Episode
-from springhead.rl.offline import checkpoint
-from springhead.rl.offline.batches import Trained, check_device, flatten
+from springhead.rl.offline.batches import Flat
+from springhead.rl.offline.contract import (
+    Generators,
+    Member,
+    OutOfRange,
+    Settings,
+    above_zero,
+    at_least,
+    fraction,
+)
 from springhead.rl.offline.frontier import pareto
-from springhead.rl.offline.relabelling import Augmentation, joined, plain, relabelled
+from springhead.rl.offline.relabelling import Augmentation, Items, joined, plain, relabelled
 from springhead.rl.offline.sequences import Batch, Sampler, Scheme
-from springhead.rl.offline.transformer import Outputs, Transformer
+from springhead.rl.offline.stacked import clip_members
+from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
 from springhead.rl.policy import read_config, read_tensors
 from springhead.rl.tasks import Task
 
-OnStep = Callable[[int, dict[str, float]], None]
+LOG_STD_RANGE = (-5.0, 2.0)
+"""Bounds of the log standard deviation. Without any, a deterministic data set drives the likelihood to infinity."""
+
+_SLICE = 64
+"""Sequences that pass the network together on a CPU: their activations stay in its cache."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters of CDT. Numbers left at null are derived from the task or the data."""
+@dataclass(frozen=True, kw_only=True)
+class CDTSettings(Settings):
+    """Hyper-parameters of CDT. Numbers left at null are derived from the task or the data.
 
-    steps: int = 100_000
-    """Gradient steps."""
+    ``hidden`` must stay as it is: a transformer is shaped by ``width`` and ``layers``.
+    """
+
     batch_size: int = 2048
     """Sequences per step."""
     context: int = 10
@@ -57,13 +71,17 @@ class Settings:
     width: int = 128
     """Token width."""
     layers: int = 3
+    """Transformer blocks."""
     heads: int = 8
+    """Attention heads; they divide the width."""
     dropout: float = 0.1
+    """Probability, on the sequence, in attention and on residuals."""
     learning_rate: float = 1e-4
-    """Of AdamW, and of the temperature's Adam."""
+    """Of AdamW."""
     temperature_rate: float = 1e-4
     """Learning rate of the entropy temperature."""
     weight_decay: float = 1e-4
+    """Of AdamW."""
     warmup: int = 500
     """Steps over which the learning rate rises linearly to its value."""
     decay: bool = False
@@ -71,9 +89,13 @@ class Settings:
     gradient_clip: float = 0.25
     """Largest norm of a step's gradient."""
     cost_weight: float = 0.02
-    """Weight of predicting each step's cost."""
+    """Weight of predicting each step's cost; at 0 the cost is not predicted."""
+    cost_head: Literal["fitting", "truncated"] = "fitting"
+    """Classes for binary costs and regression for others, or classes of truncated costs as in the released code."""
     entropy: Literal["joint", "per-dimension"] = "joint"
     """What is compared with -|A|: the joint entropy, or its mean over dimensions as in the released code."""
+    bounded: bool = True
+    """Clamp the log standard deviation; the released code declares bounds and does not use them."""
     return_scale: float | None = 0.1
     """Return tokens are multiplied by this; derived: 2 / the highest size of a return in the data."""
     cost_scale: float | None = 1.0
@@ -87,77 +109,105 @@ class Settings:
     return_targets: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     """By task, (cost limit, return target) pairs to act by instead of the data's frontier."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    device: str = "cpu"
-    """A torch device; results are byte-identical between runs on "cpu" only."""
+    """Training items with infeasible targets."""
     checkpoint_every: int = 500
     """Steps between resume checkpoints, and between points of the learning curve's file."""
 
     def __post_init__(self) -> None:
-        whole = (self.steps, self.batch_size, self.context, self.width, self.layers, self.heads, self.checkpoint_every)
-        if min(whole) < 1 or self.learning_rate <= 0 or self.gradient_clip <= 0 or self.warmup < 0:
-            raise ValueError("cdt: sizes, steps, learning_rate and gradient_clip must be above 0")
+        super().__post_init__()
+        if self.hidden != Settings().hidden:
+            raise OutOfRange("hidden does not shape a transformer; remove it, and set width and layers")
+        at_least(1, self, "context", "width", "layers", "heads")
+        above_zero(self, "learning_rate", "gradient_clip")
+        at_least(0, self, "temperature_rate", "weight_decay", "warmup", "cost_weight")
+        fraction(self, "dropout", "target_margin")
         if self.width % self.heads:
-            raise ValueError(f"cdt: width {self.width} is not a multiple of heads {self.heads}")
-        if not (0 <= self.dropout < 1 and 0 <= self.target_margin < 1):
-            raise ValueError("cdt: dropout and target_margin must be at least 0 and below 1")
+            raise OutOfRange(f"width is {self.width}; use a multiple of heads, {self.heads}")
+        for name in ("dropout", "target_margin"):
+            if getattr(self, name) == 1:
+                raise OutOfRange(f"{name} is 1; use a number below 1")
 
 
 class Losses(NamedTuple):
-    """The terms of the loss, each a scalar."""
+    """The terms of the loss, each (members,)."""
 
     action: torch.Tensor
     cost: torch.Tensor
     entropy: torch.Tensor
 
 
-def losses(outputs: Outputs, batch: Batch, temperature: torch.Tensor, entropy: str) -> Losses:
-    """Computes the loss terms, averaged over the steps that exist.
+def losses(outputs: Outputs, batch: Batch, temperature: torch.Tensor, entropy: str, steps: torch.Tensor) -> Losses:
+    """Computes the loss terms, summed over the steps that exist and divided by ``steps``.
 
     action: -(log N(a; mean, std) + temperature x entropy), both joint over action dimensions, or both
     averaged over them for ``entropy="per-dimension"``. cost: cross-entropy of "this step costs", or the
     squared error for a head of one output. entropy: of the action distribution, for the temperature.
+
+    Args:
+        outputs: Of the network.
+        batch: What it saw.
+        temperature: (members,), without gradient.
+        entropy: As in :class:`CDTSettings`.
+        steps: (members,), how many steps exist, in the whole batch where this is a slice of it.
     """
-    steps = batch.mask.sum()
+    share = 1.0 if entropy == "joint" else 1.0 / batch.actions.shape[-1]
+    weight = batch.mask * (share / steps)[:, None, None]
     scaled = (batch.actions - outputs.mean) * torch.exp(-outputs.log_std)
-    log_two_pi = float(np.log(2 * np.pi))
-    log_prob = -0.5 * (scaled.square() + log_two_pi) - outputs.log_std
-    spread = outputs.log_std + 0.5 * (1 + log_two_pi)
-    over = torch.sum if entropy == "joint" else torch.mean
-    mean_log_prob = (over(log_prob, -1) * batch.mask).sum() / steps
-    mean_entropy = (over(spread, -1) * batch.mask).sum() / steps
+    spread = outputs.log_std.sum(-1)
+    constant = 0.5 * math.log(2 * math.pi) * batch.actions.shape[-1]
+    mean_log_prob = (weight * (-0.5 * scaled.square().sum(-1) - spread - constant)).sum((1, 2))
+    mean_entropy = (weight * (spread + constant + 0.5 * batch.actions.shape[-1])).sum((1, 2))
+    action = -(mean_log_prob + temperature * mean_entropy)
+    if outputs.cost is None:
+        return Losses(action, torch.zeros_like(action), mean_entropy)
     if outputs.cost.shape[-1] == 2:
-        classes = (batch.step_costs > 0).long().flatten()
-        errors = F.cross_entropy(outputs.cost.flatten(0, 1), classes, reduction="none").view_as(batch.mask)
+        margin = outputs.cost[..., 1] - outputs.cost[..., 0]
+        errors = F.binary_cross_entropy_with_logits(margin, (batch.step_costs >= 1).float(), reduction="none")
     else:
         errors = (outputs.cost[..., 0] - batch.step_costs).square()
-    action = -(mean_log_prob + temperature.detach() * mean_entropy)
-    return Losses(action, (errors * batch.mask).sum() / steps, mean_entropy)
+    return Losses(action, (errors * batch.mask).sum((1, 2)) / steps, mean_entropy)
 
 
-def temperature_loss(log_temperature: torch.Tensor, entropy: torch.Tensor, action_dim: int) -> torch.Tensor:
-    """The temperature falls while the entropy is above its target -|A|, and rises while it is below."""
-    return log_temperature.exp() * (entropy.detach() + action_dim)
+def temperature_gradient(log_temperature: torch.Tensor, entropy: torch.Tensor, action_dim: int) -> torch.Tensor:
+    """Gradient by log T of T (entropy + |A|): T falls while the entropy is above its target -|A|, and rises below."""
+    return log_temperature.exp() * (entropy + action_dim)
 
 
-class Temperature(nn.Module):
-    """The entropy temperature, as its logarithm; starts at 0.1."""
+class CDT:
+    """One transformer for each seed, each with batches, augmentation and dropout of its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = nn.Parameter(torch.tensor(float(np.log(0.1))))
-
-
-class Learner:
-    """Network, temperature, their optimisers and generators: all that a checkpoint must hold."""
-
-    def __init__(self, network: Transformer, settings: Settings, action_dim: int, generator: torch.Generator) -> None:
-        self.network, self.settings, self.action_dim = network, settings, action_dim
-        self.temperature = Temperature().to(settings.device)
-        self.generator = generator
-        self.optimiser = torch.optim.AdamW(
-            network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    def __init__(self, name: str, data: Flat, task: Task, settings: CDTSettings, members: Sequence[Member]) -> None:
+        self.members, self.task, self.settings = members, task, settings
+        seeds = [member.seed for member in members]
+        self.scheme = _scheme(settings, task, float(np.abs(data.returns).max()))
+        self.shape = Shape(
+            observation_dim=task.observation_dim,
+            action_dim=task.action_dim,
+            time_steps=int(data.lengths.max()) + settings.context,
+            width=settings.width,
+            layers=settings.layers,
+            heads=settings.heads,
+            cost_outputs=_cost_outputs(settings, data),
         )
-        self.temperature_optimiser = torch.optim.Adam(self.temperature.parameters(), lr=settings.temperature_rate)
+        bounds = LOG_STD_RANGE if settings.bounded else None
+        self.network = Transformer(Generators(seeds), self.shape, bounds).to(settings.device)
+        self.log_temperature = nn.Parameter(torch.full((len(seeds),), math.log(0.1), device=settings.device))
+        self.modules: nn.Module = nn.Module()
+        self.modules.network = self.network
+        self.modules.log_temperature = self.log_temperature
+        parts = [
+            {"params": list(self.network.parameters()), "lr": settings.learning_rate},
+            {"params": [self.log_temperature], "lr": settings.temperature_rate, "weight_decay": 0.0},
+        ]
+        self.optimisers = {"adamw": torch.optim.AdamW(parts, weight_decay=settings.weight_decay, fused=True)}
+        self.generators = {
+            name: Generators(seeds, settings.device, i) for i, name in enumerate(("batches", "dropout"), 1)
+        }
+        items = [_items(data, settings, seed) for seed in seeds]
+        self.sampler = Sampler(data, items, self.scheme, self.generators["batches"])
+        self.drop = Dropout(settings.dropout, self.generators["dropout"]) if settings.dropout else None
+        best = pareto(data.returns, data.cost_returns)
+        self.frontier = [[float(data.cost_returns[i]), float(data.returns[i])] for i in best.tolist()]
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
@@ -165,112 +215,70 @@ class Learner:
         share = min(1.0, step / settings.warmup) if settings.warmup else 1.0
         if settings.decay and step > settings.warmup:
             done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-            share = 0.5 * (1 + float(np.cos(np.pi * done)))
+            share = 0.5 * (1 + math.cos(math.pi * done))
         return settings.learning_rate * share
 
-    def update(self, batch: Batch, step: int) -> dict[str, float]:
-        """Takes one gradient step and returns its figures."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate(step)
-        outputs = self.network(batch.returns, batch.costs, batch.observations, batch.actions, batch.times)
-        terms = losses(outputs, batch, self.temperature.log.exp(), self.settings.entropy)
-        self.optimiser.zero_grad()
-        (terms.action + self.settings.cost_weight * terms.cost).backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.gradient_clip)
-        self.optimiser.step()
-        self.temperature_optimiser.zero_grad()
-        temperature_loss(self.temperature.log, terms.entropy, self.action_dim).backward()
-        self.temperature_optimiser.step()
-        figures = {"loss": terms.action.detach(), "cost_loss": terms.cost, "entropy": terms.entropy}
-        figures["gradient_norm"] = norm
-        figures["temperature"] = self.temperature.log.exp()
-        return {name: float(value.detach()) for name, value in figures.items()}
+    def update(self, step: int) -> dict[str, torch.Tensor]:
+        """Takes one step of the networks and one of the temperatures."""
+        settings, adamw = self.settings, self.optimisers["adamw"]
+        adamw.param_groups[0]["lr"] = self.rate(step)
+        adamw.zero_grad()
+        batch = self.sampler.draw()
+        steps, temperature = batch.mask.sum((1, 2)), self.log_temperature.detach().exp()
+        terms = []
+        for part in batch.slices(_SLICE if settings.device == "cpu" else settings.batch_size):
+            outputs = self.network(part.inputs, part.times, self.drop, costs=settings.cost_weight > 0)
+            found = losses(outputs, part, temperature, settings.entropy, steps)
+            (found.action + settings.cost_weight * found.cost).sum().backward()
+            terms.append(torch.stack(found).detach())
+        action, cost, entropy = torch.stack(terms).sum(0)
+        norm = clip_members(self.network.parameters(), len(self.members), settings.gradient_clip)
+        self.log_temperature.grad = temperature_gradient(self.log_temperature.detach(), entropy, self.task.action_dim)
+        adamw.step()
+        figures = {"loss": action, "cost_loss": cost, "entropy": entropy, "gradient_norm": norm}
+        return {**figures, "temperature": temperature}
 
-    def save(self, scratch: Path, step: int, history: list[dict[str, float]]) -> None:
-        """Writes a resume checkpoint."""
-        tensors = {
-            **checkpoint.pack(self.network, self.optimiser, "network."),
-            **checkpoint.pack(self.temperature, self.temperature_optimiser, "temperature."),
-            "generator": self.generator.get_state(),
-            "dropout": torch.get_rng_state(),
+    def weights(self, member: int) -> dict[str, torch.Tensor]:
+        """The tensors of one member's network."""
+        return self.network.member(member)
+
+    def config(self, member: int) -> dict[str, Any]:
+        """What shapes its network, and its targets."""
+        settings = self.settings
+        return {
+            **asdict(self.shape),
+            "context": settings.context,
+            "return_scale": self.scheme.return_scale,
+            "cost_scale": self.scheme.cost_scale,
+            "cost_reference": self.scheme.cost_reference,
+            "target_margin": settings.target_margin,
+            "frontier": self.frontier,
+            "return_targets": [list(pair) for pair in sorted(settings.return_targets.get(self.task.name, ()))],
         }
-        checkpoint.save(scratch, step, tensors, {"history": history})
-
-    def restore(self, state: checkpoint.State) -> None:
-        """Continues from a checkpoint."""
-        checkpoint.unpack(state.tensors, self.network, self.optimiser, "network.")
-        checkpoint.unpack(state.tensors, self.temperature, self.temperature_optimiser, "temperature.")
-        self.generator.set_state(state.tensors["generator"])
-        torch.set_rng_state(state.tensors["dropout"])
 
 
-def train(
-    episodes: Sequence[Episode],
-    task: Task,
-    settings: Settings,
-    seed: int,
-    scratch: Path,
-    on_step: OnStep = lambda step, figures: None,
-) -> Trained:
-    """Trains a policy, or resumes its training from a checkpoint.
-
-    Args:
-        episodes: The data set.
-        task: The task.
-        settings: Hyper-parameters.
-        seed: Seeds weights, batches, dropout and augmentation.
-        scratch: Folder for resume checkpoints.
-        on_step: Called after every step with its number and figures, and once at once when resuming.
-
-    Returns:
-        The content of the model folder and the learning curve.
-
-    Raises:
-        BadInput: If the data do not fit, or the loss stops being finite.
-    """
-    check_device(settings.device)
-    data = flatten(episodes, task)
-    returns, costs = data.returns, data.cost_returns
-    items = plain(returns, costs)
-    if settings.augmentation.share > 0:
-        rng = np.random.default_rng([seed, 1])
-        items = joined(items, relabelled(returns, costs, settings.augmentation, rng))
-    scheme = _scheme(settings, task, float(np.abs(returns).max()))
-    binary = bool(((data.costs == 0) | (data.costs == 1)).all())
-    shape: dict[str, Any] = {
-        "observation_dim": task.observation_dim,
-        "action_dim": task.action_dim,
-        "time_steps": int(data.lengths.max()) + settings.context,
-        "width": settings.width,
-        "layers": settings.layers,
-        "heads": settings.heads,
-        "dropout": settings.dropout,
-        "cost_outputs": 2 if binary else 1,
-    }
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        network = Transformer(**shape, generator=generator).to(settings.device)
-        torch.manual_seed(seed)  # dropout draws from torch's own generator
-        history = _optimise(network, Sampler(data, items, scheme), settings, task, generator, scratch, on_step)
-    best = pareto(returns, costs)
-    config = {
-        **shape,
-        "algorithm": "cdt",
-        "task": task.name,
-        "context": settings.context,
-        "return_scale": scheme.return_scale,
-        "cost_scale": scheme.cost_scale,
-        "cost_reference": scheme.cost_reference,
-        "target_margin": settings.target_margin,
-        "frontier": [[float(costs[i]), float(returns[i])] for i in best.tolist()],
-        "return_targets": [list(pair) for pair in sorted(settings.return_targets.get(task.name, ()))],
-        "seed": seed,
-    }
-    return Trained(config, {"model.safetensors": network.state_dict()}, history)
+def _items(data: Flat, settings: CDTSettings, seed: int) -> Items:
+    """What a seed samples: every episode, and augmented ones that are its own."""
+    items = plain(data.returns, data.cost_returns)
+    if settings.augmentation.share == 0:
+        return items
+    rng = np.random.default_rng([seed, 1])
+    return joined(items, relabelled(data.returns, data.cost_returns, settings.augmentation, rng))
 
 
-def _scheme(settings: Settings, task: Task, largest_return: float) -> Scheme:
-    highest = max(task.limits)
+def _cost_outputs(settings: CDTSettings, data: Flat) -> int:
+    if settings.cost_head == "truncated":
+        if float(data.costs.max()) >= 2:
+            raise BadInput(
+                f"cdt: cost_head 'truncated' knows the classes 0 and 1, a step costs {float(data.costs.max()):g}; "
+                "use 'fitting' in rl.train"
+            )
+        return 2
+    return 2 if bool(((data.costs == 0) | (data.costs == 1)).all()) else 1
+
+
+def _scheme(settings: CDTSettings, task: Task, largest_return: float) -> Scheme:
+    highest = max(settings.limits or task.limits)
     reference = 1.25 * highest if settings.cost_reference is None else settings.cost_reference
     derived_scale = 2.0 / largest_return if largest_return > 0 else 1.0
     return Scheme(
@@ -280,40 +288,7 @@ def _scheme(settings: Settings, task: Task, largest_return: float) -> Scheme:
         cost_scale=2.0 / reference if settings.cost_scale is None else settings.cost_scale,
         cost_reference=reference,
         sampling_cap=1.75 * highest if settings.sampling_cap is None else settings.sampling_cap,
-        device=settings.device,
     )
-
-
-def _optimise(
-    network: Transformer,
-    sampler: Sampler,
-    settings: Settings,
-    task: Task,
-    generator: torch.Generator,
-    scratch: Path,
-    on_step: OnStep,
-) -> list[dict[str, float]]:
-    learner = Learner(network, settings, task.action_dim, generator)
-    network.train()
-    first = 0
-    history: list[dict[str, float]] = []
-    if (state := checkpoint.latest(scratch)) is not None:
-        learner.restore(state)
-        first, history = state.step, state.facts["history"]
-        on_step(first, {})
-    for step in range(first + 1, settings.steps + 1):
-        figures = learner.update(sampler.draw(generator), step)
-        if not np.isfinite(list(figures.values())).all():
-            kept = step - 1 - (step - 1) % settings.checkpoint_every
-            raise BadInput(
-                f"cdt: the loss is not finite at step {step}; the last good state, of step {kept}, is kept in "
-                f"{scratch}. Lower rl.train.cdt.learning_rate"
-            )
-        on_step(step, figures)
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
-            history.append({"step": step, **figures})
-            learner.save(scratch, step, history)
-    return history
 
 
 class CdtPolicy:
@@ -329,7 +304,7 @@ class CdtPolicy:
         self.observation_dim: int = config["observation_dim"]
         self.action_dim: int = config["action_dim"]
         self._config = config
-        self._network = network.eval()
+        self._network = network.requires_grad_(False)
         self._context: int = config["context"]
         self.reset(1, 0.0)
 
@@ -349,20 +324,18 @@ class CdtPolicy:
         self._time = 0
         self._return = torch.full((num_envs,), self.return_target(budget), dtype=torch.float64)
         self._cost = torch.full((num_envs,), float(budget), dtype=torch.float64)
-        self._past: list[tuple[torch.Tensor, ...]] = []
+        self._past: list[torch.Tensor] = []
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Maps observations (n, observation_dim) to actions (n, action_dim)."""
         rows = torch.from_numpy(np.asarray(observations, dtype=np.float32))
-        times = torch.full((len(rows),), self._time, dtype=torch.long)
         returns = (self._return * self._config["return_scale"]).float()
         costs = ((self._config["cost_reference"] - self._cost) * self._config["cost_scale"]).float()
-        blank = torch.zeros(len(rows), self.action_dim)
-        self._past = [*self._past, (returns, costs, rows, blank, times)][-self._context :]
-        stacked = [torch.stack(tokens, dim=1) for tokens in zip(*self._past, strict=True)]
-        with torch.no_grad():
-            action = self._network(*stacked).mean[:, -1].clamp(-1.0, 1.0)
-        self._past[-1] = (returns, costs, rows, action, times)
+        now = torch.cat([returns[:, None], costs[:, None], rows, torch.zeros(len(rows), self.action_dim)], dim=1)
+        self._past = [*self._past, now][-self._context :]
+        times = torch.arange(self._time + 1 - len(self._past), self._time + 1).expand(1, len(rows), -1)
+        action = self._network(torch.stack(self._past, dim=1)[None], times, costs=False).mean[0, :, -1].clamp(-1.0, 1.0)
+        now[:, -self.action_dim :] = action
         actions: np.ndarray = action.numpy()
         return actions
 
@@ -371,9 +344,6 @@ class CdtPolicy:
         self._return = self._return - torch.from_numpy(np.asarray(rewards, dtype=np.float64))
         self._cost = self._cost - torch.from_numpy(np.asarray(costs, dtype=np.float64))
         self._time += 1
-
-
-_SHAPE = ("observation_dim", "action_dim", "time_steps", "width", "layers", "heads", "dropout", "cost_outputs")
 
 
 def load(folder: Path) -> CdtPolicy:
@@ -385,12 +355,13 @@ def load(folder: Path) -> CdtPolicy:
     config = read_config(folder)
     needed = ("context", "return_scale", "cost_scale", "cost_reference", "target_margin", "frontier", "return_targets")
     try:
-        network = Transformer(**{key: config[key] for key in _SHAPE}, generator=torch.Generator())
+        shape = Shape(**{entry.name: config[entry.name] for entry in fields(Shape)})
+        network = Transformer(Generators([0]), shape)
         missing = [key for key in needed if key not in config]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'config.json'}: not a CDT configuration ({error!r}); train it again") from None
     if missing:
         raise BadInput(f"{folder / 'config.json'}: missing {', '.join(missing)}; train the model again")
     shapes = {name: value.shape for name, value in network.state_dict().items()}
-    network.load_state_dict(read_tensors(folder / "model.safetensors", shapes))
+    network.load_state_dict(read_tensors(folder / "policy.safetensors", shapes))
     return CdtPolicy(config, network)

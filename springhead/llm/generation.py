@@ -1,67 +1,128 @@
 """Batched decoding with a key-value cache, greedy or sampled.
 
-What a row becomes does not depend on the rows beside it: rows are batched with others of their length where
-possible and padded on the left otherwise, padding has no attention and no position, a finished row leaves the
-batch, and a sampled row draws from a generator of its own, seeded by (seed, row index).
-In float32, batch shape still changes the last bits of a logit; a greedy tie closer than that is not decided here.
+What a row becomes does not depend on the rows beside it: padding has no attention and no position, a finished row
+leaves the batch, and a sampled row draws from a generator of its own, seeded by (seed, key of the row).
+In float32, batch shape still changes the last bits of a logit; a greedy tie closer than that is not decided here, nor
+is a draw that falls that close to a border.
+
+Models that read packed rows (`springhead.llm.packing.packs`) decode from a ragged cache; all others by padding on the
+left and the library's own cache.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput
+from springhead.llm import chat
+from springhead.llm.decoders import Decoder, decoder_for
 from springhead.progress import Progress
+
+Conversation = str | Sequence[Mapping[str, Any]]
+"""What is answered: a user's prompt, or messages."""
+Key = int | str
+"""What a row is seeded by: its number, or its id."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. Temperature 0 is greedy; `top_p` cuts the tail of the distribution when sampling."""
+    """How to decode. Temperature 0 is greedy; `top_p` and `top_k` cut the tail of the distribution when sampling."""
 
     max_new_tokens: int = 128
     batch_rows: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    """Draw from the so many likeliest tokens; 0 for all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; the first of them and what follows is cut off."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_rows < 1:
             raise ValueError("max_new_tokens and batch_rows must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("temperature must not be negative, top_p must be above 0 and at most 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError("temperature and top_k must not be negative, top_p must be above 0 and at most 1")
+        if not all(self.stop):
+            raise ValueError("a stop text must not be empty")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A user's prompt in tokens, up to where the answer begins: the same context that training used."""
-    encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=True, return_dict=True, add_generation_prompt=True
-    )
-    return list(encoded["input_ids"])
+@dataclass
+class Answer:
+    """One answer: its tokens without end sign, its text, and what ended it."""
+
+    ids: list[int]
+    text: str = ""
+    finish: Literal["end", "stop", "length"] = "length"
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end sign and those of the model's generation settings."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({int(t) for t in (tokenizer.eos_token_id, *listed) if t is not None})
+
+
+def as_messages(conversation: Conversation) -> list[Mapping[str, Any]]:
+    """A prompt as a conversation of one message; messages as they are."""
+    return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """A conversation in tokens, up to where the answer begins: the same context that training used."""
+    return chat.prompt_ids(tokenizer, as_messages(conversation))
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Conversation],
     decoding: Decoding,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Answer prompts, in their order, without end sign.
+    """Answer prompts, in their order; the texts of `answer`."""
+    return [given.text for given in answer(model, tokenizer, prompts, decoding, progress)]
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Conversation],
+    decoding: Decoding,
+    progress: Progress | None = None,
+    keys: Sequence[Key] | None = None,
+) -> list[Answer]:
+    """Answer prompts, in their order.
+
+    Args:
+        model: in evaluation or training mode; left as it is.
+        tokenizer: with a chat template.
+        prompts: what to answer.
+        decoding: how.
+        progress: told about finished rows.
+        keys: what each row's draws are seeded by, beside `decoding.seed`; their place in `prompts` if not given.
 
     Raises:
-        BadInput: there is no prompt.
+        BadInput: there is no prompt, or one leaves no room for an answer in the model's context.
     """
     if not prompts:
         raise BadInput("no prompts to answer; the evaluation rows are empty")
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    answers = generate_ids(model, ids, decoding, int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), progress)
-    return [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+    ends = end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers = answer_ids(model, ids, decoding, ends, int(pad), progress, keys, tokenizer)
+    for given in answers:
+        text = str(tokenizer.decode(given.ids, skip_special_tokens=True))
+        cuts = [text.index(stop) for stop in decoding.stop if stop in text] if given.finish == "stop" else []
+        given.text = text[: min(cuts, default=len(text))].strip()
+    return answers
 
 
-@torch.no_grad()
 def generate_ids(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -71,79 +132,126 @@ def generate_ids(
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Token version of `generate`; the answers are without `eos`."""
+    return [given.ids for given in answer_ids(model, prompts, decoding, [eos], pad, progress)]
+
+
+@torch.no_grad()
+def answer_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    ends: Sequence[int],
+    pad: int,
+    progress: Progress | None = None,
+    keys: Sequence[Key] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Answer]:
+    """Token version of `answer`; `tokenizer` is needed for stop texts alone. The answers have no `text` yet."""
+    room = _room(model, prompts, decoding)
     was_training = model.training
     model.eval()
-    answers: list[list[int]] = [[] for _ in prompts]
-    # Longest first: the batch that needs most memory comes first, and batches are nearly free of padding.
+    answers = [Answer([]) for _ in prompts]
+    # Longest first: the batch that needs most memory comes first, and the rows of a batch have much the same length.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    for start in range(0, len(order), decoding.batch_rows):
-        chosen = order[start : start + decoding.batch_rows]
-        _decode_batch(model, prompts, chosen, answers, decoding, eos, pad)
-        if progress is not None:
-            progress.advance(len(chosen))
-    model.train(was_training)
+    try:
+        for start in range(0, len(order), decoding.batch_rows):
+            chosen = order[start : start + decoding.batch_rows]
+            generators = {i: _generator(decoding.seed, i if keys is None else keys[i]) for i in chosen}
+            with decoder_for(model, [prompts[i] for i in chosen], pad) as decoder:
+                _decode(decoder, chosen, answers, room, decoding, set(ends), generators, tokenizer)
+            if progress is not None:
+                progress.advance(len(chosen))
+    finally:
+        model.train(was_training)
     return answers
 
 
-def _decode_batch(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+def _room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[int]:
+    """How many tokens each answer may have: `max_new_tokens`, or what the model's context leaves."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return [decoding.max_new_tokens] * len(prompts)
+    for number, prompt in enumerate(prompts):
+        if len(prompt) >= context:
+            raise BadInput(f"prompt {number}: {len(prompt)} tokens leave no room in the model's context of {context}")
+    return [min(decoding.max_new_tokens, context - len(prompt)) for prompt in prompts]
+
+
+def _generator(seed: int, key: Key) -> np.random.Generator:
+    """A row's own generator."""
+    number = key if isinstance(key, int) else int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, number])
+
+
+def _decode(
+    decoder: Decoder,
     chosen: Sequence[int],
-    answers: list[list[int]],
+    answers: list[Answer],
+    room: Sequence[int],
     decoding: Decoding,
-    eos: int,
-    pad: int,
+    ends: set[int],
+    generators: Mapping[int, np.random.Generator],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Decode the rows `chosen` together, appending to their answers."""
-    device = next(model.parameters()).device
-    longest = max(len(prompts[i]) for i in chosen)
-    inputs = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in chosen], device=device)
-    lengths = torch.tensor([len(prompts[i]) for i in chosen], device=device)
-    mask = torch.arange(longest, device=device)[None] >= longest - lengths[:, None]
-    # Positions count real tokens only; padding gets 0, where nothing attends to it.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # Without padding no mask is needed, and attention takes its fast causal path.
-    padded = not bool(mask.all())
     live = list(chosen)
-    generators = [np.random.default_rng([decoding.seed, i]) for i in live]
-    cache = DynamicCache(config=model.config)
-    for step in range(decoding.max_new_tokens):
-        logits = model(
-            input_ids=inputs,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        tokens = _choose(logits.float(), decoding, generators)
-        kept = [k for k, token in enumerate(tokens) if token != eos]
-        for k in kept:
-            answers[live[k]].append(tokens[k])
-        if not kept or step + 1 == decoding.max_new_tokens:
+    logits = decoder.prefill()
+    while True:
+        tokens = choose(logits.float(), decoding, [generators[row] for row in live])
+        kept = []
+        for place, (row, token) in enumerate(zip(live, tokens, strict=True)):
+            given = answers[row]
+            if token in ends:
+                given.finish = "end"
+                continue
+            given.ids.append(token)
+            if decoding.stop and tokenizer is not None and _stopped(given.ids, tokenizer, decoding.stop):
+                given.finish = "stop"
+            elif len(given.ids) < room[row]:
+                kept.append(place)
+        if not kept:
             return
         if len(kept) < len(live):
-            index = torch.tensor(kept, device=device)
-            cache.batch_select_indices(index)
-            mask, positions = mask[index], positions[index]
-            live, generators = [live[k] for k in kept], [generators[k] for k in kept]
-        inputs = torch.tensor([[tokens[k]] for k in kept], device=device)
-        mask = torch.cat([mask, torch.ones(len(kept), 1, dtype=torch.bool, device=device)], dim=1)
-        positions = positions[:, -1:] + 1
+            order = decoder.keep(kept)
+            live, tokens = [live[k] for k in order], [tokens[k] for k in order]
+        logits = decoder.step(tokens)
 
 
-def _choose(logits: torch.Tensor, decoding: Decoding, generators: Sequence[np.random.Generator]) -> list[int]:
-    """Next token of each row: the arg-max, or a draw by inverse distribution from the row's own generator."""
+def _stopped(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> bool:
+    """Whether the last token completed one of the stop texts."""
+    # A token is at least one byte, and a character at most four: so many tokens hold the longest text.
+    tail = ids[-(4 * max(map(len, stop)) + 4) :]
+    text = str(tokenizer.decode(list(tail), skip_special_tokens=True))
+    return any(end in text for end in stop)
+
+
+def choose(logits: torch.Tensor, decoding: Decoding, generators: Sequence[np.random.Generator]) -> list[int]:
+    """Next token of each row: the arg-max, or a draw by inverse distribution from the row's own generator.
+
+    The distribution is softmax(logits / temperature), cut to the `top_k` likeliest tokens, and of those to the fewest
+    whose mass reaches `top_p` of theirs; the likeliest is always among them.
+
+    Args:
+        logits: (rows, words).
+        decoding: temperature, top_k and top_p.
+        generators: one for each row; each is asked for one number.
+    """
     if decoding.temperature == 0:
         return [int(token) for token in logits.argmax(dim=-1).tolist()]
-    probabilities = torch.softmax(logits.double() / decoding.temperature, dim=-1).cpu().numpy()
-    chosen = []
-    for row, generator in zip(probabilities, generators, strict=True):
-        ranked = np.argsort(-row, kind="stable")
-        cumulative = np.cumsum(row[ranked])
-        # The smallest set of tokens whose mass reaches top_p; the first token is always in it.
-        size = int(np.searchsorted(cumulative, decoding.top_p * cumulative[-1])) + 1
-        size = min(size, len(ranked))
-        draw = generator.random() * cumulative[size - 1]
-        chosen.append(int(ranked[min(int(np.searchsorted(cumulative[:size], draw, side="right")), size - 1)]))
-    return chosen
+    draws = torch.tensor([g.random() for g in generators], dtype=torch.float64, device=logits.device)[:, None]
+    probabilities = torch.softmax(logits / decoding.temperature, dim=-1).double()
+    words = probabilities.shape[1]
+    if decoding.top_p == 1 and not decoding.top_k:
+        cumulative = probabilities.cumsum(dim=-1)
+        picks = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+        return [int(token) for token in picks.clamp(max=words - 1)[:, 0].tolist()]
+    size = min(decoding.top_k or 1024, words)
+    values, indices = probabilities.topk(size, dim=-1)
+    if not decoding.top_k and size < words and bool((values.sum(dim=-1) < decoding.top_p).any()):
+        values, indices = probabilities.sort(dim=-1, descending=True, stable=True)
+    cumulative = values.cumsum(dim=-1)
+    whole = cumulative[:, -1:] if decoding.top_k else probabilities.sum(dim=-1, keepdim=True)
+    # The first place at which the mass reaches top_p is the last that may be drawn.
+    last = torch.searchsorted(cumulative, decoding.top_p * whole).clamp(max=cumulative.shape[1] - 1)
+    picks = torch.searchsorted(cumulative, draws * cumulative.gather(1, last), right=True)
+    return [int(token) for token in indices.gather(1, torch.minimum(picks, last))[:, 0].tolist()]

@@ -1,24 +1,26 @@
 """From text rows to packed token batches, with a loss weight for every token.
 
 Rows of one batch are laid end to end in one sequence of shape (1, tokens): no padding in the linear layers. Each
-row has its own position ids and attends to itself alone; `packed_attention` does that through transformers'
-attention interface, so every model of the library that uses the interface (Llama, Qwen, Mistral, ...) packs
-without a change. The test is that a packed batch has the loss of its rows taken one by one.
+row has its own position ids and attends to itself alone (see `springhead.llm.attention`). The test is that a packed
+batch has the loss of its rows taken one by one; `packs` asks the same of any model at hand, because some keep a state
+from token to token or shape their scores in ways of their own. Those are trained on padded batches.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput
+from springhead.jsonio import read_jsonl
+from springhead.llm.attention import PACKED, Layout
+from springhead.llm.chat import encode_messages, messages_of
 from springhead.llm.tokenizer import unknown_words
-
-PACKED = "springhead_packed"
-"""Name of the attention implementation a model must be set to while it reads packed batches."""
 
 Overlong = Literal["drop", "truncate", "error"]
 
@@ -31,38 +33,39 @@ class Example:
     completion_mask: tuple[bool, ...]
 
 
-def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row's conversation: its `messages`, or its `prompt` and `completion` as user and assistant.
+def read_conversations(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file of conversations; a row without an id gets its file's name and line as id.
 
     Raises:
-        BadInput: the row has neither (the message names it).
+        BadInput: naming file and line, if a line is no JSON object or no conversation, or there are none.
     """
-    messages = row.get("messages")
-    if messages is None and {"prompt", "completion"} <= set(row):
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
-        ]
-    if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
-        raise BadInput(
-            f"row {row.get('id', '(no id)')}: needs 'messages' (each with role and content) "
-            "or 'prompt' and 'completion'"
-        )
-    return list(messages)
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            messages_of(row)
+        except BadInput as error:
+            raise BadInput(f"{path}:{number}: {error}") from error
+        rows.append({"id": f"{path.name}:{number}", **row})
+    if not rows:
+        raise BadInput(f"{path}: no rows; write one JSON object a line")
+    return rows
 
 
-def encode(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenize one row through the tokenizer's chat template; the template's generation block is the target.
+def encode(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, ends: Collection[str] | None = None) -> Example:
+    """Tokenize one row through the tokenizer's chat template; answers and their end signs are the target.
+
+    Args:
+        row: with `messages`, or with `prompt` and `completion`.
+        tokenizer: with a chat template.
+        ends: the end signs; the tokenizer's own if not given.
 
     Raises:
         BadInput: the row is malformed, has no target, or has words the tokenizer does not know.
     """
-    encoded = tokenizer.apply_chat_template(
-        messages_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
+    messages = messages_of(row)
+    ids, mask = encode_messages(tokenizer, messages, [str(tokenizer.eos_token)] if ends is None else ends)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        words = unknown_words(tokenizer, [m["content"] for m in messages_of(row)])
+        words = unknown_words(tokenizer, [m["content"] for m in messages])
         if words:
             raise BadInput(f"row {row.get('id', '(no id)')}: words outside the tokenizer's vocabulary: {words}")
     if not any(mask):
@@ -74,7 +77,11 @@ def encode(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Exampl
 
 
 def encode_rows(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: Overlong
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overlong: Overlong,
+    ends: Collection[str] | None = None,
 ) -> tuple[list[Example], dict[str, int]]:
     """Tokenize rows; count and treat those longer than `max_length` tokens.
 
@@ -84,6 +91,7 @@ def encode_rows(
         max_length: longest row in tokens.
         overlong: "drop" leaves them out, "truncate" keeps their first `max_length` tokens (dropping the row
             where no target is left), "error" refuses them.
+        ends: the end signs of the template; the tokenizer's own if not given.
 
     Returns:
         The examples in order, and counts: rows, tokens, targets (tokens with loss), dropped, truncated.
@@ -94,7 +102,7 @@ def encode_rows(
     examples: list[Example] = []
     counts = {"rows": 0, "tokens": 0, "targets": 0, "dropped": 0, "truncated": 0}
     for row in rows:
-        example = encode(row, tokenizer)
+        example = encode(row, tokenizer, ends)
         if len(example.ids) > max_length:
             if overlong == "error":
                 raise BadInput(
@@ -117,36 +125,64 @@ def encode_rows(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the rows of a packed sequence lie.
+class Batch:
+    """Rows as the model reads them; `labels` and `weights` have shape (targets,)."""
 
-    `gather` has shape (rows, longest): the packed index of each token of each row, 0 beyond a row's end.
-    `scatter` has shape (tokens,): the index of each packed token in the flattened (rows, longest) grid.
-    """
+    labels: torch.Tensor
+    weights: torch.Tensor
 
-    gather: torch.Tensor
-    scatter: torch.Tensor
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """What the model predicts for the targets, (targets, words)."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A dataclass of tensors on another device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A packed batch: `input_ids` and `position_ids` (1, tokens); for the tokens `predictors` (targets,), whose
-    next token is trained, the `labels` (targets,) and `weights` (targets,).
+class Packed(Batch):
+    """Rows end to end: `input_ids` and `position_ids` (1, tokens); `predictors` (targets,) are the tokens whose next
+    token is trained.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     layout: Layout
     predictors: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
 
-    def to(self, device: torch.device) -> "Packed":
-        """The same batch on another device."""
-        layout = Layout(self.layout.gather.to(device), self.layout.scatter.to(device))
-        others = (self.predictors, self.labels, self.weights)
-        moved = [tensor.to(device) for tensor in others]
-        return Packed(self.input_ids.to(device), self.position_ids.to(device), layout, *moved)
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Of the targets alone; the model must be set to the attention `PACKED`."""
+        return model(  # type: ignore[no-any-return]
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            layout=self.layout,
+            logits_to_keep=self.predictors,
+            use_cache=False,
+        ).logits[0]
+
+
+@dataclass(frozen=True)
+class Padded(Batch):
+    """Rows below each other, padded on the right: `input_ids` and `attention_mask` (rows, longest); `predictors`
+    (targets,) index the flattened grid.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    predictors: torch.Tensor
+
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Of the targets, by the model's own attention."""
+        logits = model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False).logits
+        return logits.flatten(0, 1).index_select(0, self.predictors)  # type: ignore[no-any-return]
 
 
 def pack(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Packed:
@@ -165,64 +201,60 @@ def pack(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Packed
     weight = np.where(mask, 1.0, prompt_loss_weight) * (position > 0)
     targets = np.flatnonzero(weight > 0)
     return Packed(
+        labels=torch.from_numpy(ids[targets]),
+        weights=torch.from_numpy(weight[targets].astype(np.float32)),
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.from_numpy(position)[None],
         layout=Layout(torch.from_numpy(gather), torch.from_numpy(row * longest + position)),
         predictors=torch.from_numpy(targets - 1),
-        labels=torch.from_numpy(ids[targets]),
-        weights=torch.from_numpy(weight[targets].astype(np.float32)),
     )
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    layout: Layout | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row of a packed sequence.
+def pad(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Padded:
+    """Lay rows below each other; weights as in `pack`. Any token will do as padding: nothing looks at it."""
+    packed = pack(examples, prompt_loss_weight)
+    scatter, layout = packed.layout.scatter, packed.layout
+    longest = layout.gather.shape[1]
+    mask = torch.zeros(layout.gather.numel(), dtype=torch.long)
+    mask[scatter] = 1
+    ids = packed.input_ids[0].index_select(0, layout.gather.reshape(-1)).view(-1, longest)
+    return Padded(packed.labels, packed.weights, ids, mask.view(-1, longest), scatter[packed.predictors])
 
-    Rows are gathered to (rows, heads, longest, head_dim) for the attention alone. Padding is on the right, so
-    the causal mask already keeps it away from real tokens and no mask tensor is needed.
 
-    Args:
-        module: the attention layer that asks; unused.
-        query: (1, heads, tokens, head_dim).
-        key: like the query, perhaps with fewer heads (grouped queries).
-        value: like the key.
-        attention_mask: always None; the layout says what attends to what.
-        scaling: factor of the scores; None for 1 / sqrt(head_dim).
-        dropout: share of attention weights dropped in training.
-        layout: where the rows lie; the model hands it down from its own arguments.
+@torch.no_grad()
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model predicts for rows in a packed batch what it predicts for each alone.
 
-    Returns:
-        (1, tokens, heads, head_dim), and None for the weights, as the attention interface wants.
+    Two rows of made-up tokens decide it. The answer is remembered for each configuration.
     """
-    if layout is None:
-        raise BadInput(f"attention {PACKED!r} needs the batch's layout; pass layout=packed.layout to the model")
-    rows, longest = layout.gather.shape
-    flat = layout.gather.reshape(-1)
-
-    def spread(tensor: torch.Tensor) -> torch.Tensor:
-        grid = tensor[0].transpose(0, 1).index_select(0, flat)
-        return grid.view(rows, longest, *grid.shape[1:]).transpose(1, 2)
-
-    groups = query.shape[1] // key.shape[1]
-    q, k, v = spread(query), spread(key), spread(value)
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout)
-    out = out.transpose(1, 2).reshape(rows * longest, *query.shape[1::2])
-    return out.index_select(0, layout.scatter)[None], None
+    key = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    if key not in _PACKS:
+        _PACKS[key] = _probe(model)
+    return _PACKS[key]
 
 
-AttentionInterface.register(PACKED, packed_attention)
+_PACKS: dict[str, bool] = {}
+
+
+def _probe(model: PreTrainedModel) -> bool:
+    words = int(model.config.get_text_config().vocab_size)
+    ids = np.random.default_rng(0).integers(words, size=20).tolist()
+    rows = [Example(tuple(ids[:7]), (True,) * 7), Example(tuple(ids[7:]), (True,) * 13)]
+    device, before, training = model.device, model.config._attn_implementation, model.training
+    model.eval()
+    alone = torch.cat([pad([row]).to(device).logits(model) for row in rows]).float()
+    try:
+        model.set_attn_implementation(PACKED)
+        together = pack(rows).to(device).logits(model).float()
+    except (BadInput, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False  # the architecture has no such interface, or wants more of its attention
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    if together.shape != alone.shape:
+        return False
+    # A row that sees its neighbour is off by as much as logits differ; rounding is far below a hundredth of it.
+    return bool((together - alone).abs().max() <= 0.01 * alone.std() + 1e-6)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[list[int]]:

@@ -7,25 +7,35 @@ tokens only, which for a 49,152-word vocabulary is the larger part of the work s
 Methods are compared at equal steps and equal `batch_tokens`, so at equal compute, whatever the length of rows.
 
 A checkpoint (safetensors + JSON) holds the trained tensors, the optimizer's state and the history; order and
-batches follow from seed and step alone. Killed and resumed equals uninterrupted, byte for byte on a CPU.
+batches follow from seed and step alone. Killed and resumed equals uninterrupted, byte for byte on a CPU. It also holds
+the digest of settings, seed and rows: a checkpoint of another run is refused, not continued.
+
+Several processes (see `springhead.llm.parallel`) train as one would: same losses, up to the order of sums.
 """
 
+import hashlib
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json, write_json
-from springhead.llm.packing import PACKED, Example, Packed, batches, pack, split_by_tokens
+from springhead.lineage.digests import json_digest
+from springhead.llm import generation
+from springhead.llm.adapters import merged, plain, save_adapter, with_lora
+from springhead.llm.attention import PACKED
+from springhead.llm.packing import Batch, Example, batches, pack, packs, pad, split_by_tokens
+from springhead.llm.parallel import ALONE, World
 from springhead.progress import Progress
 
 History = list[dict[str, float]]
@@ -43,10 +53,12 @@ class SftConfig:
     """Peak learning rate."""
     micro_tokens: int = 0
     """Tokens per forward pass; a step is accumulated over several. 0: one pass."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate goes on after the warm-up: half a cosine or a line down to `final_rate`, or unchanged."""
     warmup: float = 0.05
-    """Share of the steps over which the rate rises linearly."""
+    """Share of the steps over which the rate rises linearly; above 0 it is one step at least."""
     final_rate: float = 0.05
-    """Share of the peak rate that the cosine ends at."""
+    """Share of the peak rate that cosine and line end at."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices (never of norms)."""
     beta2: float = 0.98
@@ -59,6 +71,17 @@ class SftConfig:
     """Rank of LoRA on all linear layers; 0 trains every parameter."""
     lora_alpha: float = 32.0
     """LoRA's scale: updates are multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that LoRA adapts, such as q_proj; empty: all but the output layer."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrix products compute in. Weights and optimizer are float32 in any case; auto: bfloat16 on a GPU."""
+    packing: bool = True
+    """Lay the rows of a batch end to end, each attending to itself alone; false: pad them to one length. The loss is
+    the same. Needed false for models whose attention is not the usual one; they are told apart by a trial."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
+    sample_every: int = 0
+    """Steps between answers to the sample prompts, where there are any; 0: only after the last step."""
     eval_every: int = 0
     """Steps between evaluations of the loss; 0: only after the last step."""
     checkpoint_every: int = 0
@@ -73,6 +96,7 @@ class SftConfig:
             "final_rate must be in 0..1": 0 <= self.final_rate <= 1,
             "prompt_loss_weight must be in 0..1": 0 <= self.prompt_loss_weight <= 1,
             "lora_rank must not be negative": self.lora_rank >= 0,
+            "lora_targets needs a lora_rank": self.lora_rank > 0 or not self.lora_targets,
         }
         for rule, holds in checks.items():
             if not holds:
@@ -80,115 +104,118 @@ class SftConfig:
 
 
 def learning_rate(config: SftConfig, step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up, then half a cosine down to `final_rate` of the peak."""
-    warm = max(1, round(config.warmup * config.steps))
+    """Rate of step 0, 1, ...: linear warm-up, then down to `final_rate` of the peak as `schedule` says."""
+    warm = max(1, round(config.warmup * config.steps)) if config.warmup else 0
     if step < warm:
         return config.learning_rate * (step + 1) / warm
     done = (step - warm) / max(1, config.steps - warm)
-    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * left)
 
 
-def with_lora(model: PreTrainedModel, config: SftConfig, seed: int) -> torch.nn.Module:
-    """Wrap a model with fresh LoRA layers (Hu et al., arXiv 2106.09685); everything else is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft divides by the rank, any number will do
-        target_modules="all-linear",
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted: torch.nn.Module = get_peft_model(model, lora)
-        return adapted
-
-
-def merged(model: torch.nn.Module) -> PreTrainedModel:
-    """The plain model with its LoRA updates added into the weights; a model without LoRA comes back as it is."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    return model.merge_and_unload()  # type: ignore[operator,no-any-return]
-
-
-def loss_sum(model: torch.nn.Module, batch: Packed) -> torch.Tensor:
-    """Weighted sum of the token losses (nats) of a packed batch."""
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        layout=batch.layout,
-        logits_to_keep=batch.predictors,
-        use_cache=False,
-    ).logits[0]
-    losses = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Weighted sum of the token losses (nats) of a batch."""
+    losses = torch.nn.functional.cross_entropy(batch.logits(model).float(), batch.labels, reduction="none")
     return (losses * batch.weights).sum()
 
 
 @contextmanager
-def packed_attention_on(model: torch.nn.Module) -> Iterator[None]:
-    """Let the model read packed batches inside the block, and restore its attention afterwards."""
-    inner: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
+def attention(model: torch.nn.Module, implementation: str) -> Iterator[None]:
+    """Let the model use another attention inside the block."""
+    inner = plain(model)
     before = inner.config._attn_implementation
-    inner.set_attn_implementation(PACKED)
+    inner.set_attn_implementation(implementation)
     try:
         yield
     finally:
         inner.set_attn_implementation(before)
 
 
+@contextmanager
+def packed_attention_on(model: torch.nn.Module) -> Iterator[None]:
+    """Let the model read packed batches inside the block, and restore its attention afterwards."""
+    with attention(model, PACKED):
+        yield
+
+
 @torch.no_grad()
-def evaluation_loss(model: torch.nn.Module, examples: Sequence[Example], batch_tokens: int) -> float:
-    """Mean loss per completion token (nats); the model must have packed attention on."""
-    device = next(model.parameters()).device
+def evaluation_loss(trainer: "Trainer", examples: Sequence[Example]) -> float:
+    """Mean loss per completion token (nats)."""
+    model, world, config = trainer.model, trainer.world, trainer.config
     was_training = model.training
     model.eval()
     total = weight = 0.0
-    for part in split_by_tokens(examples, batch_tokens):
-        batch = pack(part).to(device)
+    mine = world.share(examples, [len(e.ids) for e in examples])
+    for part in split_by_tokens(mine, config.micro_tokens or config.batch_tokens):
+        batch = trainer.lay(part).to(trainer.device)
         total += float(loss_sum(model, batch))
         weight += float(batch.weights.sum())
     model.train(was_training)
-    return total / weight
+    return world.total(total, trainer.device) / world.total(weight, trainer.device)
+
+
+@dataclass
+class Samples:
+    """Conversations that the model answers, greedily, while it trains: what a loss does not show."""
+
+    tokenizer: PreTrainedTokenizerBase
+    conversations: Sequence[generation.Conversation]
+    max_new_tokens: int = 128
+    taken: list[dict[str, Any]] = field(default_factory=list)
+    """The answers so far: step, number of the conversation, text."""
+
+    def take(self, model: torch.nn.Module, step: int) -> None:
+        """Answer all conversations with the model as it is."""
+        decoding = generation.Decoding(max_new_tokens=self.max_new_tokens)
+        with attention(model, "sdpa"):
+            texts = generation.generate(plain(model), self.tokenizer, self.conversations, decoding)
+        self.taken += [{"step": step, "conversation": i, "text": text} for i, text in enumerate(texts)]
 
 
 class Trainer:
     """One training run: model, optimizer, step counter and history; everything a checkpoint must hold."""
 
-    def __init__(self, model: torch.nn.Module, config: SftConfig, seed: int) -> None:
-        self.model, self.config, self.seed = model, config, seed
+    def __init__(
+        self, model: torch.nn.Module, config: SftConfig, seed: int, world: World = ALONE, identity: str = ""
+    ) -> None:
+        self.model, self.config, self.seed, self.world, self.identity = model, config, seed, world, identity
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = [
             {"params": [p for p in self.named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.beta2)
+            [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, config.beta2), fused=True
         )
         self.device = next(model.parameters()).device
         self.step = 0
         self.tokens = 0
         self.history: History = []
+        self.taken: list[dict[str, Any]] = []
 
     def train_step(self, examples: Sequence[Example]) -> float:
         """One optimizer step on these rows; returns the mean loss per unit of weight before the update.
+
+        With several processes every one is given all rows of the step, and takes its share.
 
         Raises:
             Finding: the loss or the gradient is not a finite number. Nothing is updated then.
         """
         config = self.config
-        parts = split_by_tokens(examples, config.micro_tokens or config.batch_tokens)
-        packed = [pack(part, config.prompt_loss_weight).to(self.device) for part in parts]
-        weight = sum(float(batch.weights.sum()) for batch in packed)
+        weight = sum(target_weight(example, config.prompt_loss_weight) for example in examples)
+        mine = self.world.share(examples, [len(e.ids) for e in examples])
         total = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-        for batch in packed:
-            with half:
+        for part in split_by_tokens(mine, config.micro_tokens or config.batch_tokens):
+            batch = self.lay(part, config.prompt_loss_weight).to(self.device)
+            with self._precision():
                 loss = loss_sum(self.model, batch) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.named.values()), config.clip))
+        parameters = list(self.named.values())
+        self.world.sum_gradients(parameters)
+        total = self.world.total(total, self.device)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise Finding(
                 f"step {self.step + 1}: loss {total}, gradient norm {norm}: training diverged and no model is "
@@ -200,6 +227,16 @@ class Trainer:
         self.step += 1
         self.tokens += sum(len(e.ids) for e in examples)
         return total
+
+    def lay(self, examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Batch:
+        """Rows as a batch, packed or padded."""
+        return pack(examples, prompt_loss_weight) if self.config.packing else pad(examples, prompt_loss_weight)
+
+    def _precision(self) -> Any:
+        """The context of a forward pass."""
+        wanted = self.config.precision
+        half = wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; an earlier one is replaced only when this one is complete."""
@@ -214,24 +251,39 @@ class Trainer:
             for key in ("exp_avg", "exp_avg_sq", "step")
         }
         save_file(moments, fresh / "optimizer.safetensors")
-        write_json(fresh / "state.json", {"step": self.step, "tokens": self.tokens, "history": self.history})
+        names = ("identity", "step", "tokens", "history", "taken")
+        write_json(fresh / "state.json", {name: getattr(self, name) for name in names})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
 
     def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint that `save` wrote."""
+        """Go on from a checkpoint that `save` wrote.
+
+        Raises:
+            BadInput: it is of another model, or of a run with other settings, seed or rows.
+        """
+        state_json: dict[str, Any] = read_json(folder / "state.json")
         weights = load_file(folder / "weights.safetensors", device=str(self.device))
         moments = load_file(folder / "optimizer.safetensors", device=str(self.device))
-        if set(weights) != set(self.named):
+        same = set(weights) == set(self.named) and all(weights[n].shape == p.shape for n, p in self.named.items())
+        if not same:
             raise BadInput(f"{folder}: checkpoint of another model; delete the folder and run again")
+        if state_json["identity"] != self.identity:
+            raise BadInput(
+                f"{folder}: checkpoint of a run with other settings or rows; delete the folder and run again"
+            )
         with torch.no_grad():
             for name, p in self.named.items():
                 p.copy_(weights[name])
-                state = {key: moments[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq")}
-                # AdamW keeps its step counters on the CPU.
-                self.optimizer.state[p] = {**state, "step": moments[f"{name}/step"].cpu()}
-        state_json: dict[str, Any] = read_json(folder / "state.json")
+                self.optimizer.state[p] = {key: moments[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         self.step, self.tokens, self.history = state_json["step"], state_json["tokens"], state_json["history"]
+        self.taken = state_json["taken"]
+
+
+def target_weight(example: Example, prompt_loss_weight: float) -> float:
+    """The weight of a row in the loss of its step."""
+    targets = sum(example.completion_mask[1:])
+    return targets + prompt_loss_weight * (len(example.ids) - 1 - targets)
 
 
 def train(
@@ -243,6 +295,10 @@ def train(
     scratch: Path | None = None,
     progress: Progress | None = None,
     log: Callable[..., None] | None = None,
+    *,
+    samples: Samples | None = None,
+    world: World = ALONE,
+    adapter: Path | None = None,
 ) -> tuple[PreTrainedModel, History]:
     """Train a model on examples.
 
@@ -255,49 +311,86 @@ def train(
         scratch: folder for resume checkpoints; a run with the same arguments goes on from the one it finds.
         progress: told about finished steps.
         log: called as log(step, train_loss=..., ...) for training curves.
+        samples: conversations to answer while training; the answers are left in it.
+        world: the processes that train together. The first alone writes, reports and samples.
+        adapter: a folder to write the LoRA weights into before they are merged.
 
     Returns:
         The trained model (LoRA merged) and the history: step, tokens, train_loss, learning_rate, and eval_loss
         where it was measured (-1 where not).
 
     Raises:
+        BadInput: the checkpoint in `scratch` is of another run.
         Finding: training diverged.
     """
-    wrapped: torch.nn.Module = with_lora(model, config, seed) if config.lora_rank else model
-    trainer = Trainer(wrapped, config, seed)
+    wrapped: torch.nn.Module = (
+        with_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, seed) if config.lora_rank else model
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = Trainer(wrapped, config, seed, world, identity_of(examples, config, seed))
     checkpoint = scratch / "checkpoint" if scratch is not None else None
     if checkpoint is not None and (checkpoint / "state.json").exists():
         trainer.restore(checkpoint)
         if progress is not None:
             progress.resume(trainer.step)
+    if samples is not None:
+        samples.taken = trainer.taken
     wrapped.train()
     order = batches([len(e.ids) for e in examples], config.batch_tokens, seed)
     for _ in range(trainer.step):
         next(order)
-    with packed_attention_on(wrapped):
+    if config.packing and not packs(model):
+        raise BadInput(f"{type(model).__name__}: rows of a packed batch would see each other; set packing to false")
+    with packed_attention_on(wrapped) if config.packing else nullcontext():
         while trainer.step < config.steps:
             rows = next(order)
             rate = learning_rate(config, trainer.step)
             loss = trainer.train_step([examples[i] for i in rows])
-            _record(trainer, loss, rate, held_out, log)
+            _record(trainer, loss, rate, held_out, samples, log)
             if progress is not None:
                 progress.advance(1, loss=loss)
-            due = config.checkpoint_every and trainer.step % config.checkpoint_every == 0
-            if checkpoint is not None and due and trainer.step < config.steps:
-                trainer.save(checkpoint)
+            if checkpoint is not None and _due(trainer.step, config.checkpoint_every) and trainer.step < config.steps:
+                if world.first:
+                    trainer.save(checkpoint)
+                world.wait()
+    total = sum(float(p.detach().double().sum()) for p in trainer.named.values()) if world.size > 1 else 0.0
+    world.check_equal(total, "the sum of the trained weights", trainer.device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    if adapter is not None and config.lora_rank and world.first:
+        save_adapter(wrapped, adapter)
     model.eval()
     return merged(wrapped), trainer.history
 
 
+def identity_of(examples: Sequence[Example], config: SftConfig, seed: int) -> str:
+    """The digest of what a run is determined by, beside the model: settings, seed and rows."""
+    rows = hashlib.sha256()
+    for example in examples:
+        rows.update(np.array(example.ids, np.int64).tobytes() + bytes(example.completion_mask))
+    return json_digest({"config": asdict(config), "seed": seed, "rows": rows.hexdigest()})
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def _record(
-    trainer: Trainer, loss: float, rate: float, held_out: Sequence[Example], log: Callable[..., None] | None
+    trainer: Trainer,
+    loss: float,
+    rate: float,
+    held_out: Sequence[Example],
+    samples: Samples | None,
+    log: Callable[..., None] | None,
 ) -> None:
-    """Append one line of history after a step; measure the held-out loss where it is due."""
+    """Append one line of history after a step; measure the held-out loss and take samples where they are due."""
     config, step = trainer.config, trainer.step
     line = {"step": step, "tokens": trainer.tokens, "train_loss": loss, "learning_rate": rate, "eval_loss": -1.0}
-    due = step == config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
-    if held_out and due:
-        line["eval_loss"] = evaluation_loss(trainer.model, held_out, config.micro_tokens or config.batch_tokens)
+    if held_out and (step == config.steps or _due(step, config.eval_every)):
+        line["eval_loss"] = evaluation_loss(trainer, held_out)
+    if samples is not None and trainer.world.first and (step == config.steps or _due(step, config.sample_every)):
+        samples.take(trainer.model, step)
     trainer.history.append(line)
     if log is not None:
         log(step, **{name: value for name, value in line.items() if name != "step" and value != -1.0})

@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import file_digest
-from springhead.llm import mend, problems, sft
+from springhead.llm import mend, model_folder, problems, sft
 from springhead.llm.packing import encode_rows
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE, small_tokenizer
 from springhead.progress import Progress
@@ -103,12 +103,11 @@ def load(
     """Load a model folder for training or evaluation, without network.
 
     Raises:
-        BadInput: not a model folder, or CUDA was asked for and there is none.
+        BadInput: not a model folder, not a safe one, or CUDA was asked for and there is none.
     """
-    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
-        raise BadInput(f"{folder}: not a model folder (no config.json or tokenizer.json); run the students stage")
+    model_folder.check(folder)
     try:
-        # Neither pickled weights nor code that came with the folder, whoever put them there.
+        # Checked above, and said once more to the library: no pickles, no code that came with the folder.
         sealed = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **sealed)
         tokenizer = AutoTokenizer.from_pretrained(folder, **sealed)

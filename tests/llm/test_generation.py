@@ -57,10 +57,10 @@ def test_top_p_draws_only_from_the_nucleus_with_the_right_frequencies():
 
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     generators = [np.random.default_rng(0)]
-    draws = [generation._choose(logits, Decoding(temperature=1.0, top_p=0.75), generators)[0] for _ in range(4000)]
+    draws = [generation.choose(logits, Decoding(temperature=1.0, top_p=0.75), generators)[0] for _ in range(4000)]
     assert set(draws) == {0, 1}
     assert draws.count(0) / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
-    cold = [generation._choose(logits, Decoding(temperature=0.05), generators)[0] for _ in range(50)]
+    cold = [generation.choose(logits, Decoding(temperature=0.05), generators)[0] for _ in range(50)]
     assert set(cold) == {0}
 
 

@@ -9,6 +9,8 @@ import torch
 
 from springhead.errors import BadInput, Finding
 from springhead.llm import packing, sft
+from springhead.llm.adapters import merged, with_lora
+from springhead.llm.attention import PACKED
 from springhead.llm.packing import Example, encode, encode_rows, pack
 from springhead.llm.sft import SftConfig
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
@@ -110,7 +112,7 @@ def test_packed_loss_is_the_loss_of_the_rows_alone(examples, prompt_weight):
         packed = float(sft.loss_sum(model, batch))
     assert packed == pytest.approx(expected, rel=1e-5)
     assert float(batch.weights.sum()) == pytest.approx(weight, rel=1e-6)
-    assert model.config._attn_implementation != packing.PACKED
+    assert model.config._attn_implementation != PACKED
 
 
 def test_rows_of_a_packed_batch_do_not_see_each_other(examples):
@@ -238,7 +240,7 @@ def test_merged_lora_equals_the_adapted_model_and_changes_it(examples):
     base = tiny_model()
     with torch.no_grad():
         plain = base(input_ids=ids).logits
-    adapted = sft.with_lora(base, config, 0)
+    adapted = with_lora(base, 4, 8.0, (), 0)
     trainer = sft.Trainer(adapted, config, 0)
     assert all("lora_" in name for name in trainer.named)
     with sft.packed_attention_on(adapted):
@@ -246,7 +248,7 @@ def test_merged_lora_equals_the_adapted_model_and_changes_it(examples):
             trainer.train_step(examples)
     with torch.no_grad():
         wrapped = adapted(input_ids=ids).logits
-        flat = sft.merged(adapted)(input_ids=ids).logits
+        flat = merged(adapted)(input_ids=ids).logits
     torch.testing.assert_close(flat, wrapped, rtol=1e-4, atol=1e-4)
     assert float((flat - plain).abs().max()) > 0.01
 

@@ -33,9 +33,9 @@ def tiny_model(seed: int = 0, spread: float = 0.1, **changes: Any) -> LlamaForCa
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
     }
     config = LlamaConfig(
-        max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=spread,
         bos_token_id=None,

@@ -1,0 +1,158 @@
+"""Answers of a model to a file of rows, in shards that survive a kill, every answer with where it came from.
+
+    out/run.json            what was asked: digests of model and rows, decoding, back end
+    out/shard-00000.jsonl   finished shards, written whole or not at all
+    out/answers.jsonl       all answers in the order of the rows, when the last shard is done
+
+A run that finds its own `run.json` goes on after the finished shards; another run's is refused. A row's draws are
+seeded by its id and the number of the sample, so its text depends neither on its shard nor on what else is asked.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from springhead.errors import BadInput
+from springhead.jsonio import canonical, read_json, read_jsonl, write_json_atomic
+from springhead.lineage.digests import json_digest
+from springhead.llm.generation import Answer, Conversation, Decoding, Key
+from springhead.progress import Progress
+
+Row = Mapping[str, Any]
+Engine = Callable[[Sequence[Conversation], Sequence[Key]], list[Answer]]
+"""Answers conversations; the keys are what each row's draws are seeded by."""
+
+
+def conversation_of(row: Row) -> Conversation:
+    """What a row asks: its `messages` without a final answer, or its `prompt`.
+
+    Raises:
+        BadInput: it has neither, or nothing is left to answer.
+    """
+    messages = row.get("messages", row.get("prompt"))
+    if isinstance(messages, list):
+        messages = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if not messages or not isinstance(messages, str | list):
+        raise BadInput(f"row {row.get('id', '(no id)')}: needs a 'prompt' or 'messages' to answer")
+    return messages
+
+
+def write_answers(
+    rows: Sequence[Row],
+    engine: Engine,
+    model: str,
+    decoding: Decoding,
+    out: Path,
+    *,
+    samples: int = 1,
+    shard_rows: int = 1024,
+    backend: str = "torch",
+    progress: Progress | None = None,
+) -> Path:
+    """Answer rows into a folder, going on where an earlier run of the same request stopped.
+
+    Args:
+        rows: each with a unique `id`, and a `prompt` or `messages`.
+        engine: answers conversations.
+        model: digest of the model that the engine runs.
+        decoding: how it decodes.
+        out: the folder to write.
+        samples: answers to each row; more than one makes sense above temperature 0 alone.
+        shard_rows: answers in a shard: what a kill loses at most.
+        backend: name of the engine; answers of two back ends are not the same to the last token.
+        progress: told about finished answers.
+
+    Returns:
+        The file of all answers. Each line has `id` (its digest), `parents` (the row's id), `sample`, `text`, `tokens`
+        (their number, without end sign), `finish`, `model`, `decoding` and `backend`.
+
+    Raises:
+        BadInput: a row has no id or a second row has it, there are none, or `out` holds another run.
+    """
+    if samples < 1 or shard_rows < 1:
+        raise BadInput("samples and shard_rows must be at least 1")
+    if samples > 1 and decoding.temperature == 0:
+        raise BadInput(
+            f"samples is {samples}, but at temperature 0 all are the same; raise the temperature or ask once"
+        )
+    ids = [row.get("id") for row in rows]
+    if not rows or not all(isinstance(name, str) and name for name in ids) or len(set(ids)) != len(ids):
+        raise BadInput("rows to answer need an 'id' each, all different, and there must be at least one")
+    request = {
+        "model": model,
+        "rows": json_digest([{"id": row["id"], "asked": conversation_of(row)} for row in rows]),
+        "decoding": {name: value for name, value in asdict(decoding).items() if name != "batch_rows"},
+        "samples": samples,
+        "shard_rows": shard_rows,
+        "backend": backend,
+    }
+    _claim(out, request)
+    asked = [(row, number) for row in rows for number in range(samples)]
+    shards = [asked[start : start + shard_rows] for start in range(0, len(asked), shard_rows)]
+    names = [out / f"shard-{index:05d}.jsonl" for index in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        if not name.exists():
+            keys = [f"{row['id']}/{number}" for row, number in shard]
+            given = engine([conversation_of(row) for row, _ in shard], keys)
+            lines = [_line(row, number, answer, request) for (row, number), answer in zip(shard, given, strict=True)]
+            _write_whole(name, lines)
+        if progress is not None:
+            progress.advance(len(shard))
+    whole = out / "answers.jsonl"
+    temporary = out / ".answers.new"
+    with temporary.open("wb") as file:
+        for name in names:
+            with name.open("rb") as shard_file:
+                shutil.copyfileobj(shard_file, file)
+    os.replace(temporary, whole)
+    return whole
+
+
+def read_answers(path: Path) -> Iterator[dict[str, Any]]:
+    """The answers of a file, each checked against its id.
+
+    Raises:
+        BadInput: a line is no answer, or was changed since it was written.
+    """
+    for number, line in enumerate(read_jsonl(path), start=1):
+        if line.get("id") != json_digest({name: value for name, value in line.items() if name != "id"}):
+            raise BadInput(f"{path}:{number}: the answer is not the one that was written; answer the rows again")
+        yield line
+
+
+def _claim(out: Path, request: Mapping[str, Any]) -> None:
+    """Make the folder this run's, or find that it is."""
+    if (out / "run.json").exists():
+        if read_json(out / "run.json") != request:
+            raise BadInput(f"{out}: holds the answers of another run; choose another folder or remove it")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out}: is not empty and has no run.json; choose another folder")
+    write_json_atomic(out / "run.json", dict(request))
+
+
+def _line(row: Row, sample: int, answer: Answer, request: Mapping[str, Any]) -> dict[str, Any]:
+    line = {
+        "parents": [row["id"]],
+        "sample": sample,
+        "text": answer.text,
+        "tokens": len(answer.ids),
+        "finish": answer.finish,
+        "model": request["model"],
+        "decoding": request["decoding"],
+        "backend": request["backend"],
+    }
+    return {"id": json_digest(line), **line}
+
+
+def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("wb") as file:
+        for line in lines:
+            file.write(canonical(line) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

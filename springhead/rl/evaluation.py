@@ -164,9 +164,37 @@ def _outcome(results: Iterator[list[Episode]]) -> Outcome:
     )
 
 
-def episode_seeds(seed: int, number: int) -> tuple[int, ...]:
-    """Returns the reset seeds of an evaluation, each of 31 bits."""
-    return tuple(int(value) for value in np.random.default_rng(seed).integers(2**31, size=number))
+def episode_seeds(seed: int, number: int, stream: int = 0) -> tuple[int, ...]:
+    """Returns the reset seeds of an evaluation, each of 31 bits.
+
+    Args:
+        seed: Of the evaluation.
+        number: How many.
+        stream: Another set of episodes of the same evaluation for each.
+    """
+    generator = np.random.default_rng([seed, stream] if stream else seed)
+    return tuple(int(value) for value in generator.integers(2**31, size=number))
+
+
+def feasible_first(outcomes: Sequence[Outcome], limit: float) -> int:
+    """Chooses among policies: any that keeps the limit on average beats any that does not (FSRL's rule).
+
+    Among those that keep it the highest mean return wins, among the others the lowest mean cost; the later one at a
+    tie, which has seen more training. (OSRL takes the lowest cost of all, which prefers policies that do nothing.)
+
+    Args:
+        outcomes: What each policy's episodes came to, at least one, in the order of training.
+        limit: The mean episode cost to keep.
+
+    Returns:
+        The position of the chosen one.
+    """
+
+    def rank(position: int) -> tuple[bool, float, int]:
+        cost, value = float(outcomes[position].costs.mean()), float(outcomes[position].returns.mean())
+        return cost <= limit, value if cost <= limit else -cost, position
+
+    return max(range(len(outcomes)), key=rank)
 
 
 def figures(outcome: Outcome, of: Task, cost_limit: float) -> dict[str, float]:

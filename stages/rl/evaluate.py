@@ -3,6 +3,9 @@
 Reads the models, the experts and the data set they learned from. Writes every episode
 (``episodes.parquet``), every model's figures (``summary.json``), means and spreads over seeds
 (``leaderboard.csv``), and the reward-cost frontier (``frontier.csv``, ``frontier.png``).
+
+Where training kept policies on the way, the last one is reported and, beside it, the one that is best by the
+feasible-first rule: chosen for each limit on episodes of its own, reported on the same episodes as all others.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from springhead.rl.evaluation import (
     comparisons,
     episode_seeds,
     expert_extremes,
+    feasible_first,
     figures,
     over_seeds,
     run_jobs,
@@ -46,10 +50,13 @@ class Params:
     """Environments stepped together."""
     processes: int
     """Worker processes; the results do not depend on their number."""
+    selection_episodes: int = 10
+    """Episodes per policy and limit by which one is chosen among those kept while training; others than those
+    reported. 0 chooses none."""
 
     def __post_init__(self) -> None:
-        if min(self.episodes, self.num_envs, self.processes) < 1:
-            raise ValueError("episodes, num_envs and processes must be at least 1")
+        if min(self.episodes, self.num_envs, self.processes) < 1 or self.selection_episodes < 0:
+            raise ValueError("episodes, num_envs and processes must be at least 1, and selection_episodes 0 or more")
 
 
 EPISODES = pa.schema(
@@ -65,6 +72,9 @@ EPISODES = pa.schema(
     ]
 )
 """One row per evaluation episode; ``model`` is the digest of the policy folder, null for the random policy."""
+
+SELECTION = 1
+"""The stream of the episodes by which policies are chosen."""
 
 REFERENCES = ("random", "worst-expert", "best-expert")
 """Rows of the leaderboard that no offline algorithm made."""
@@ -139,6 +149,62 @@ def evaluate(stage: Stage[Params], of: Task, entrants: Sequence[Entrant]) -> dic
         for limit in entrant.limits:
             outcomes.setdefault((number, limit), outcomes[number, entrant.limits[0]])
     return outcomes
+
+
+def kept(entrant: Entrant) -> dict[int, Path]:
+    """The policies kept while the entrant was trained, by their step, in order; the last one is not among them."""
+    assert entrant.path is not None
+    return {int(path.name): path for path in sorted(entrant.path.parent.glob("policies/*")) if path.name.isdigit()}
+
+
+def choose(
+    stage: Stage[Params], of: Task, trained: Sequence[Entrant], last: dict[tuple[int, float], Outcome]
+) -> list[dict[str, Any]]:
+    """Chooses a policy of each model and limit by the feasible-first rule and reports on it.
+
+    Args:
+        stage: The stage.
+        of: The task.
+        trained: The models; those without policies kept on the way are left out.
+        last: The reported episodes of every model's last policy, by number and limit.
+
+    Returns:
+        One entry per model: algorithm, seed, path, and by limit the figures with the ``step`` of the chosen policy
+        (None for the last).
+    """
+    params = stage.params
+    if not params.selection_episodes:
+        return []
+    tried = episode_seeds(stage.seed, params.selection_episodes, SELECTION)
+    reported = episode_seeds(stage.seed, params.episodes)
+    candidates = {
+        number: {**kept(entrant), None: entrant.path} for number, entrant in enumerate(trained) if kept(entrant)
+    }
+    keys = [(number, limit, step) for number, steps in candidates.items() for limit in of.limits for step in steps]
+
+    def jobs(wanted: Sequence[tuple[int, float, int | None]], seeds: tuple[int, ...]) -> list[Job]:
+        return [Job(of.name, candidates[n][step], limit, seeds, params.num_envs) for n, limit, step in wanted]
+
+    if not keys:
+        return []
+    with stage.progress(len(keys), f"{stage.name} feasible-first", "evaluations") as bar:
+        first = dict(zip(keys, run_jobs(jobs(keys, tried), params.processes, lambda done: bar.advance(1)), strict=True))
+    picks = []
+    for number, steps in candidates.items():
+        for limit in of.limits:
+            best = feasible_first([first[number, limit, step] for step in steps], limit)
+            picks.append((number, limit, list(steps)[best]))
+    earlier = [pick for pick in picks if pick[2] is not None]
+    again = dict(zip(earlier, run_jobs(jobs(earlier, reported), params.processes), strict=True))
+    found: dict[int, dict[str, Any]] = {}
+    for number, limit, step in picks:
+        entrant = trained[number]
+        entry = found.setdefault(
+            number, {"algorithm": entrant.algorithm, "seed": entrant.seed, "path": entrant.name, "limits": {}}
+        )
+        outcome = last[number, limit] if step is None else again[number, limit, step]
+        entry["limits"][f"{limit:g}"] = {"step": step, **figures(outcome, of, limit)}
+    return list(found.values())
 
 
 def write_episodes(
@@ -217,7 +283,10 @@ def run(stage: Stage[Params]) -> None:
     entries = summarise(of, entrants, outcomes)
     rows = over_seeds(entries)
     write_episodes(stage.out / "episodes.parquet", entrants, outcomes, episode_seeds(stage.seed, stage.params.episodes))
-    write_csv(stage.out / "leaderboard.csv", rows)
+    chosen = choose(stage, of, trained, outcomes)
+    board = [{"checkpoint": "last", **row} for row in rows]
+    board += [{"checkpoint": "feasible-first", **row} for row in over_seeds(chosen)]
+    write_csv(stage.out / "leaderboard.csv", board if chosen else rows)
     write_frontier(stage.out, stage.input("filter"), of, rows)
     write_json(
         stage.out / "summary.json",
@@ -228,6 +297,7 @@ def run(stage: Stage[Params]) -> None:
             "models": entries[: len(trained)],
             "references": entries[len(trained) :],
             "leaderboard": rows,
+            "feasible_first": chosen,
             "comparisons": comparisons(rows, REFERENCES),
         },
     )

@@ -16,6 +16,7 @@ from springhead.rl.evaluation import (
     comparisons,
     episode_seeds,
     expert_extremes,
+    feasible_first,
     figures,
     over_seeds,
     run_jobs,
@@ -48,6 +49,18 @@ def test_at_a_limit_of_0_one_is_added_above_and_below() -> None:
     found = figures(outcome([0.0, 0.0], [0.0, 3.0]), BALL, 0.0)
     assert found["normalised_cost"] == pytest.approx((1 + 4) / 2)
     assert found["violation_probability"] == 0.5
+
+
+def test_any_policy_that_keeps_the_limit_beats_any_that_does_not() -> None:
+    tried = [outcome([9.0], [30.0]), outcome([1.0], [19.0]), outcome([5.0], [20.0]), outcome([2.0], [0.0])]
+    assert feasible_first(tried, 20.0) == 2
+    assert feasible_first(tried, 40.0) == 0
+    assert feasible_first(tried[:1] + tried[1:3], 10.0) == 1  # none keeps it: the cheapest
+    assert feasible_first([outcome([5.0], [1.0])] * 3, 20.0) == 2  # a tie: the later one
+
+
+def test_the_episodes_of_a_choice_are_others_than_those_reported() -> None:
+    assert not set(episode_seeds(3, 20)) & set(episode_seeds(3, 20, 1))
 
 
 def test_each_limit_normalises_by_itself() -> None:
@@ -110,7 +123,7 @@ def test_the_random_policy_does_not_depend_on_processes_and_meets_the_same_episo
 # -- the stages ---------------------------------------------------------------------------------
 
 TRAIN = {
-    "bc": {"steps": 4, "batch_size": 16, "hidden": [8], "checkpoint_every": 2},
+    "bc": {"steps": 4, "batch_size": 16, "hidden": [8], "checkpoint_every": 2, "policies": 1},
     "cdt": {
         "steps": 2, "batch_size": 8, "context": 3, "width": 8, "layers": 1, "heads": 2,
         "augmentation": {"min_per_cell": 0}, "checkpoint_every": 2,
@@ -138,7 +151,7 @@ def data(tmp_path: Path) -> dict[str, Path]:
 def trained(data: dict[str, Path], out: Path, algorithm: str, seed: int) -> dict:
     item = {"task": "BallCircle", "algorithm": algorithm, "seed": str(seed)}
     inputs = {name: data[name] for name in ("filter", "validate")}
-    stage = for_test(load(train.Params, TRAIN, "p"), out, inputs, item, seed=seed, stage="train")
+    stage = for_test(load(train.Params, {"algorithms": TRAIN}, "p"), out, inputs, item, seed=seed, stage="train")
     train.run(stage)
     return {"models": stage.record.models, "datasets": stage.record.datasets, "metrics": stage.record.metrics}
 
@@ -155,7 +168,7 @@ def test_train_and_evaluate_end_to_end(data: dict[str, Path], tmp_path: Path) ->
             lines = (models / algorithm / str(seed) / "history.csv").read_text().splitlines()
             assert lines[0].startswith("step,loss")
     inputs = {"train": models, "experts": data["experts"], "filter": data["filter"]}
-    params = load(evaluate.Params, {"episodes": 2, "num_envs": 2, "processes": 1}, "p")
+    params = load(evaluate.Params, {"episodes": 2, "num_envs": 2, "processes": 1, "selection_episodes": 1}, "p")
     outs = []
     for name in ("one", "two"):
         stage = for_test(params, tmp_path / name, inputs, {"task": "BallCircle"}, seed=1, stage="evaluate")
@@ -171,6 +184,17 @@ def test_train_and_evaluate_end_to_end(data: dict[str, Path], tmp_path: Path) ->
     assert summary["models"][2]["digest"] == tree_digest(models / "cdt" / "0" / "model")
     assert summary["models"][2]["path"].endswith("cdt/0/model")
     assert set(summary["models"][0]["limits"]) == {"10", "20", "40"}
+    chosen = summary["feasible_first"]  # CDT kept no policies on the way
+    assert [(entry["algorithm"], entry["seed"]) for entry in chosen] == [("bc-safe", 0), ("bc-safe", 1)]
+    for entry, last in zip(chosen, summary["models"], strict=False):
+        for limit, values in entry["limits"].items():
+            assert values["step"] in (2, None)
+            if values["step"] is None:
+                assert {key: value for key, value in values.items() if key != "step"} == last["limits"][limit]
+    board = (outs[0] / "leaderboard.csv").read_text()
+    assert board.startswith("checkpoint,")
+    assert board.count("feasible-first,bc-safe") == 3
+    assert board.count("last,") == len(summary["leaderboard"])
     assert [entry["algorithm"] for entry in summary["references"]] == ["random", "worst-expert", "best-expert"]
     episodes = read_table(outs[0] / "episodes.parquet").to_pydict()
     assert len(episodes["algorithm"]) == (4 + 3) * 3 * 2
@@ -189,7 +213,10 @@ def test_training_refuses_data_without_a_verdict_of_their_own(data: dict[str, Pa
 
 
 def test_an_unknown_algorithm_is_named_with_the_known_ones(data: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"unknown algorithm 'bc-bold'; known: bc-all, .*, cdt"):
+    with pytest.raises(
+        BadInput,
+        match=r"rl.algorithms: unknown offline algorithm 'bc-bold'. Did you mean .*, cdt,",
+    ):
         trained(data, tmp_path / "out", "bc-bold", 0)
 
 

@@ -1,8 +1,9 @@
 """What is left of a data set between two filter rules, and everything that was decided so far.
 
-Episodes stay where they are, in flat arrays: rules see returns and costs only, what is left is a list of positions,
-and arrays are copied once, at the end or where a rule changes them. Ids are digests of arrays, so those of changed
-episodes are computed when the decisions table is asked for.
+Episodes stay where they are, in flat arrays: rules see returns and costs only, and what is left is a list of positions.
+Arrays are copied where a rule changes them, and otherwise only if the outcome is asked for as a data set of its own:
+writing it to a file needs its episodes one by one. Ids are digests of arrays, so those of changed episodes are computed
+when the decisions table is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from springhead.errors import BadInput
-from springhead.rl.dataset import Dataset
+from springhead.rl.dataset import Dataset, Episode
+from springhead.rl.filter_arrays import take
 from springhead.rl.filters import Flags, Floats, Judgement, Positions
 from springhead.rl.tasks import Task
 
@@ -51,15 +53,31 @@ class Filtered:
         sources: (m,) for each episode left, the position in the input of the one it came from; in the input's order
             unless the released code's was asked for.
         looks: What every rule found and decided, in order.
+        episode_returns: (m,) their undiscounted returns.
+        cost_returns: (m,) their undiscounted costs.
     """
 
     sources: Positions
     looks: list[Look]
+    episode_returns: Floats
+    cost_returns: Floats
     _at: Positions = field(repr=False)
     _data: Dataset = field(repr=False)
     _final: Versions = field(repr=False)
     _judged: list[tuple[Versions, Versions | None]] = field(repr=False)
     _versions: list[tuple[Dataset, Positions]] = field(repr=False)
+
+    def __len__(self) -> int:
+        """Number of episodes left."""
+        return len(self.sources)
+
+    def episode(self, index: int) -> Episode:
+        """One of the episodes left; its arrays are views."""
+        return self._data.episode(int(self._at[index]))
+
+    def episodes(self) -> list[Episode]:
+        """All of them, in order."""
+        return [self.episode(index) for index in range(len(self))]
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -108,28 +126,6 @@ class Filtered:
             "threshold": np.concatenate([j.threshold for j in judged]),
             "replaced_by": named[after],
         }
-
-
-def take(data: Dataset, at: Positions) -> Dataset:
-    """Returns the episodes at some positions, in that order, laid end to end."""
-    if np.array_equal(at, np.arange(len(data))):
-        return data
-    lengths = (data.ends - data.starts)[at]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    arrays = {}
-    if (data.ends - data.starts == lengths[0]).all():  # one length for all: whole episodes are rows of a table
-        for key in data.keys:
-            array = getattr(data, key)
-            table = array.reshape(len(data), int(lengths[0]), *array.shape[1:])
-            arrays[key] = table[at].reshape(-1, *array.shape[1:])
-    else:
-        breaks = np.flatnonzero(np.diff(at) != 1) + 1  # neighbours are copied together
-        first, last = at[np.r_[0, breaks]], at[np.r_[breaks - 1, len(at) - 1]]
-        runs = list(zip(data.starts[first].tolist(), data.ends[last].tolist(), strict=True))
-        for key in data.keys:
-            array = getattr(data, key)
-            arrays[key] = np.concatenate([array[a:b] for a, b in runs])
-    return replace(data, **arrays, starts=ends - lengths, ends=ends)
 
 
 class State:
@@ -209,7 +205,10 @@ class State:
             # No rule ran: say so for every episode, since lineage asks for a row each.
             nothing = np.full(len(self.at), np.nan)
             self.judge(Judgement("none", self.at, np.ones(len(self.at), dtype=bool), nothing, nothing))
-        return Filtered(self._sources, self._looks, self.at, self.data, self._version, self._judged, self._versions)
+        return Filtered(
+            self._sources, self._looks, self.returns, self.costs, self.at, self.data, self._version, self._judged,
+            self._versions,
+        )  # fmt: skip
 
 
 def falsify(state: State, drawn: Judgement, claims: Sequence[tuple[int, Positions]]) -> None:

@@ -30,7 +30,8 @@ import numpy.typing as npt
 
 from springhead.errors import BadInput
 from springhead.rl import filters
-from springhead.rl.filter_state import State, falsify, noisy, take
+from springhead.rl.filter_arrays import take
+from springhead.rl.filter_state import State, falsify, noisy
 from springhead.rl.filters import Judgement, Positions
 
 Singles = npt.NDArray[np.float32]

@@ -62,7 +62,7 @@ def filtered_rows(rows: pa.Table, filtered: Filtered, ids: npt.NDArray[np.object
     columns: dict[str, list[object]] = rows.take(pa.array(filtered.sources, pa.int64())).to_pydict()
     left = filtered.left(ids)
     for number in np.flatnonzero(filtered.changed).tolist():
-        episode = filtered.dataset.episode(number)
+        episode = filtered.episode(number)
         columns["parents"][number] = [columns["id"][number]]
         columns["id"][number] = left[number]
         columns["episode_return"][number] = episode.episode_return
@@ -119,12 +119,11 @@ def draw(out: Path, data: Dataset, filtered: Filtered, of: Task) -> None:
     ):
         lines.append(f"{cost:.6g},{value:.6g},{name}")
     (out / "scatter.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    before, left = (data.episode_returns, data.cost_returns), filtered.dataset
+    before, after = (data.episode_returns, data.cost_returns), (filtered.episode_returns, filtered.cost_returns)
     title = f"{of.name}: what became of {len(data):,} episodes"
     rules = list(dict.fromkeys(look.judgement.rule for look in filtered.looks))
     plots.scatter(out / "scatter.png", *before, became, rules, of.limits, title)
     plots.steps(out / "steps.png", panels(filtered), of.limits, f"{of.name}: before and after each rule")
-    after = (left.episode_returns, left.cost_returns)
     plots.coverage(out / "coverage.png", before, after, of.limits, f"{of.name}: coverage of the plane")
 
 
@@ -134,18 +133,17 @@ def run(stage: Stage[Params]) -> None:
     data, rows = read_collected(stage.input("collect"))
     filtered = apply(data, stage.params, of, stage.seed)
     ids = filtered.ids(rows["id"].to_pylist())
-    left = filtered.dataset
-    write_dsrl(stage.out / "dataset.hdf5", left.episodes(), of.sub_costs)
+    write_dsrl(stage.out / "dataset.hdf5", filtered.episodes(), of.sub_costs)
     write_table(stage.out / "rows.parquet", filtered_rows(rows, filtered, ids), rows.schema)
     write_decisions(stage.out / "decisions.parquet", filtered.decisions(ids))
     draw(stage.out, data, filtered, of)
-    stage.dataset(stage.out / "dataset.hdf5", f"{of.name} filtered episodes", len(left), role="output")
+    stage.dataset(stage.out / "dataset.hdf5", f"{of.name} filtered episodes", len(filtered), role="output")
     stage.metrics(
         {
             "episodes": len(data),
-            "left": len(left),
+            "left": len(filtered),
             "changed": int(filtered.changed.sum()),
-            **{f"within_limit_{limit:g}": int((left.cost_returns <= limit).sum()) for limit in of.limits},
+            **{f"within_limit_{limit:g}": int((filtered.cost_returns <= limit).sum()) for limit in of.limits},
         }
     )
 

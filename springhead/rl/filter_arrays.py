@@ -1,0 +1,166 @@
+"""What filters do to every step of the data: copying episodes, and adding noise to their states.
+
+Work is cut into blocks of whole episodes, small enough for a core's cache, which threads share: NumPy copies, adds and
+draws without holding the interpreter. A block has a generator of its own, so the numbers depend neither on how many
+threads there are nor on which of them is the faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from springhead.rl.dataset import Dataset
+from springhead.rl.filters import Positions
+from springhead.rl.hdf5 import threads
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+_ENTRIES = 1 << 17  # of a block's states, half a megabyte
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Episodes next to each other in the output.
+
+    Attributes:
+        at: (k,) their positions in the data set.
+        rows: Where their steps go.
+        ends: (k,) row after each one's last step, counted from the block's first row.
+    """
+
+    at: Positions
+    rows: slice
+    ends: npt.NDArray[np.int64]
+
+
+class Gather:
+    """Episodes of a data set, in some order, to be laid end to end.
+
+    Args:
+        data: Episodes laid end to end.
+        at: (m,) positions of those that are wanted, at least one.
+    """
+
+    def __init__(self, data: Dataset, at: Positions) -> None:
+        self.data = data
+        lengths = data.ends - data.starts
+        self._length = int(lengths[0]) if (lengths == lengths[0]).all() else None  # where all have the same
+        self.ends = np.cumsum(lengths[at], dtype=np.int64)
+        self.starts = self.ends - lengths[at]
+        number = self.starts * data.observations.shape[1] // _ENTRIES
+        firsts = np.flatnonzero(np.r_[True, number[1:] != number[:-1]])
+        self.blocks = [
+            _Block(
+                at[first:last],
+                slice(int(self.starts[first]), int(self.ends[last - 1])),
+                self.ends[first:last] - self.starts[first],
+            )
+            for first, last in zip(firsts.tolist(), [*firsts[1:].tolist(), len(at)], strict=True)
+        ]
+
+    def empty(self, key: str) -> Array:
+        """Returns room for one array of the episodes."""
+        array = getattr(self.data, key)
+        return np.empty((int(self.ends[-1]), *array.shape[1:]), array.dtype)
+
+    def copy(self, key: str, block: _Block, out: Array) -> Array:
+        """Copies one array of a block's episodes into its place in ``out``, and returns that place."""
+        array, place = getattr(self.data, key), out[block.rows]
+        if self._length is not None:  # whole episodes are rows of a table
+            shape = (-1, self._length, *array.shape[1:])
+            np.take(array.reshape(shape), block.at, axis=0, out=place.reshape(shape), mode="clip")
+            return place
+        breaks = np.flatnonzero(np.diff(block.at) != 1) + 1  # neighbours are copied together
+        first, last = block.at[np.r_[0, breaks]], block.at[np.r_[breaks - 1, len(block.at) - 1]]
+        runs = zip(self.data.starts[first].tolist(), self.data.ends[last].tolist(), strict=True)
+        np.concatenate([array[a:b] for a, b in runs], out=place)
+        return place
+
+    def arrays(self, keys: Iterable[str]) -> dict[str, Array]:
+        """Returns whole arrays of the episodes."""
+        made = {key: self.empty(key) for key in keys}
+
+        def copy(block: _Block) -> None:
+            for key, out in made.items():
+                self.copy(key, block, out)
+
+        _each(copy, self.blocks)
+        return made
+
+
+def take(data: Dataset, at: Positions, keys: Sequence[str] | None = None) -> Dataset:
+    """Returns the episodes at some positions, in that order, laid end to end; the data set itself if that is all.
+
+    Args:
+        data: Episodes laid end to end.
+        at: (m,) positions, at least one.
+        keys: Which arrays to copy; the others stay as they are, and it is for the caller to replace them.
+    """
+    if np.array_equal(at, np.arange(len(data))):
+        return data
+    gather = Gather(data, at)
+    return replace(data, **gather.arrays(data.keys if keys is None else keys), starts=gather.starts, ends=gather.ends)
+
+
+def with_noise(data: Dataset, at: Positions, scale: float, rng: np.random.Generator) -> tuple[Dataset, float]:
+    """Returns the episodes at some positions with Gaussian noise on their states, and the noise's deviation.
+
+    Each state gets one noise vector, also where it appears as a successor, so that next_observations[t] stays
+    observations[t + 1].
+
+    Args:
+        data: Episodes laid end to end.
+        at: (m,) positions, at least one.
+        scale: Standard deviation, as a multiple of that of all entries of their observations together.
+        rng: Gives every block a generator of its own, which draws a vector for each of its steps, then one for each
+            of its episodes' last successor.
+    """
+    gather = Gather(data, at)
+    before, after = gather.empty("observations"), gather.empty("next_observations")
+    parts = _each(lambda block: _moments(gather.copy("observations", block, before)), gather.blocks)
+    deviation = np.float32(scale * _deviation(parts))
+
+    def add(job: tuple[_Block, np.random.Generator]) -> None:
+        block, own = job
+        steps = before[block.rows]
+        noise = own.standard_normal((len(steps) + len(block.at), steps.shape[1]), dtype=np.float32)
+        noise *= deviation
+        steps += noise[: len(steps)]
+        successors = gather.copy("next_observations", block, after)
+        last = successors[block.ends - 1]  # a copy, taken before the noise of the next episode's start is added
+        successors[:-1] += noise[1 : len(steps)]
+        successors[block.ends - 1] = last + noise[len(steps) :]
+
+    _each(add, list(zip(gather.blocks, rng.spawn(len(gather.blocks)), strict=True)))
+    others = take(data, at, [key for key in data.keys if key not in ("observations", "next_observations")])
+    return replace(others, observations=before, next_observations=after), float(deviation)
+
+
+def _moments(observations: Array) -> tuple[int, float, float]:
+    """Number, mean and sum of squared distances from it of all entries, in float64."""
+    entries = observations.reshape(-1).astype(np.float64)
+    mean = float(entries.mean())
+    entries -= mean
+    return len(entries), mean, float(entries @ entries)
+
+
+def _deviation(parts: Sequence[tuple[int, float, float]]) -> float:
+    """The one standard deviation of all entries, from the moments of parts of them."""
+    numbers, means, squares = (np.array(column, np.float64) for column in zip(*parts, strict=True))
+    mean = (numbers * means).sum() / numbers.sum()
+    return float(np.sqrt((squares.sum() + (numbers * (means - mean) ** 2).sum()) / numbers.sum()))
+
+
+def _each(work: Callable[[T], Any], jobs: Sequence[T]) -> list[Any]:
+    """Does all jobs, in threads where there are several, and returns their results in order."""
+    number = min(threads(), len(jobs))
+    if number == 1:
+        return [work(job) for job in jobs]
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(work, jobs))

@@ -17,28 +17,23 @@ import contextlib
 import copy
 import json
 import logging
-import math
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
-import traceback
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe, wait
 from pickle import PicklingError
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from springhead.errors import BadInput, SpringheadError
 from springhead.rl.dataset import Episode
-from springhead.rl.envs import ActingPolicy, EpisodeRunner, SimulatorFault, discard
+from springhead.rl.envs import SimulatorFault
+from springhead.rl.groups import Group, named, run_group
 
 __all__ = ["EpisodeWorkers", "Group", "SimulatorFault", "WorkerDied"]
 
@@ -48,29 +43,14 @@ RETRIES = 2
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from springhead.rl.workers import serve; serve(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))"
+    "from springhead.rl.groups import serve; serve(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))"
 )
+_SILENCE = "SPRINGHEAD_WORKER_SILENCE"
 _log = logging.getLogger(__name__)
 
 
 class WorkerDied(SpringheadError):
-    """A group ended its worker process each time that it was run."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One unit of work: whole episodes stepped together. Its result depends on nothing else.
-
-    Attributes:
-        policy: Acts in all of them; picklable. Each group runs a copy of its own, so that what a policy remembers
-            cannot pass from one group to another.
-        seeds: Reset seeds, one per episode, at most ``num_envs``.
-        cost_limit: The episode cost limit told to the policy.
-    """
-
-    policy: ActingPolicy
-    seeds: tuple[int, ...]
-    cost_limit: float
+    """A group ended its worker process each time that it was run, or a worker process made no step for too long."""
 
 
 class EpisodeWorkers:
@@ -80,14 +60,18 @@ class EpisodeWorkers:
         task_name: A task of the catalogue.
         num_envs: Environments per process, stepped together; a policy always acts for so many rows.
         processes: Worker processes. 0 and 1 run everything in this process. The results are the same bytes.
+        silence: Seconds without a step after which a worker process counts as hung: more than its imports, the resets
+            of ``num_envs`` environments and one step of each take on a busy machine. ``SPRINGHEAD_WORKER_SILENCE``
+            if left out, 900 without that.
 
     Attributes:
         deaths: One line for each worker that died, naming task and seeds.
     """
 
-    def __init__(self, task_name: str, num_envs: int, processes: int = 1) -> None:
+    def __init__(self, task_name: str, num_envs: int, processes: int = 1, silence: float | None = None) -> None:
         if processes < 0:
             raise BadInput(f"processes is {processes}; use 0 or 1 for this process alone, or more for workers")
+        self.silence = _silence_limit() if silence is None else silence
         self.task_name = task_name
         self.num_envs = num_envs
         self.processes = processes
@@ -121,7 +105,7 @@ class EpisodeWorkers:
         Raises:
             SimulatorFault: If a simulator fails, or an observation, reward or cost is not finite; names task, seed,
                 step and array.
-            WorkerDied: If a group's worker died three times; names task, seeds and how it ended.
+            WorkerDied: If a group's worker died three times, or hung once; names task, seeds and how it ended.
             BadInput: If a policy cannot be sent to a worker, acts by numbers that are not finite, or has no episode
                 in its group or more than ``num_envs``.
         """
@@ -134,7 +118,7 @@ class EpisodeWorkers:
             else:
                 for group in groups:
                     with _one_torch_thread():
-                        episodes = _run_group(self.task_name, self.num_envs, copy.deepcopy(group))
+                        episodes = run_group(self.task_name, self.num_envs, copy.deepcopy(group))
                     yield episodes
         finally:
             self._running = False
@@ -169,6 +153,7 @@ class _Worker:
 
     def __init__(self, task_name: str, num_envs: int) -> None:
         self.assigned: deque[_Assignment] = deque()  # the first is being run
+        self.heard = 0.0  # when it last said something, or was given its first group
         self.connection, theirs = Pipe()
         command = [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), task_name, str(num_envs)]
         environment = {**os.environ, **_ONE_THREAD}
@@ -189,6 +174,8 @@ class _Worker:
                 f"policy {policy.__name__}: its class stands in the program that was started, which workers do not "
                 "import; move it into a module"
             )
+        if not self.assigned:
+            self.heard = time.monotonic()
         self.assigned.append(assignment)
         try:
             self.connection.send(assignment.group)
@@ -198,17 +185,19 @@ class _Worker:
             name = policy.__name__
             raise BadInput(f"policy {name}: cannot be sent to a worker ({error}); make it picklable") from error
 
-    def receive(self) -> list[Episode] | BaseException:
-        """Returns the result of the first assigned group.
+    def receive(self) -> list[Episode] | BaseException | None:
+        """Returns the result of the first assigned group, or None for a sign that it is being run.
 
         Raises:
             EOFError: If the worker is dead.
         """
         try:
-            result: list[Episode] | BaseException = self.connection.recv()
+            result: list[Episode] | BaseException | None = self.connection.recv()
         except OSError as error:  # died while it sent
             raise EOFError from error
-        self.assigned.popleft()
+        self.heard = time.monotonic()
+        if result is not None:
+            self.assigned.popleft()
         return result
 
     def kill(self) -> None:
@@ -254,7 +243,10 @@ class _Schedule:
                 self.yielded += 1
                 if isinstance(result, BaseException):
                     raise result
+                left = time.monotonic()
                 yield result
+                for worker in self.pool._workers:  # what they said meanwhile has not been heard
+                    worker.heard += time.monotonic() - left
             elif self.yielded < self.taken:
                 self._receive()
             else:
@@ -287,22 +279,43 @@ class _Schedule:
             idle.send(self.waiting.popleft())
 
     def _receive(self) -> None:
-        """Waits for a worker, and takes what it has to say: a result, or that it is dead."""
+        """Waits for a worker, and takes what it has to say: a result, that it is at work, or that it is dead."""
         at_work = [worker for worker in self.pool._workers if worker.assigned]
-        ready = wait([worker.connection for worker in at_work])
-        for worker in (worker for worker in at_work if worker.connection in ready):
-            index = worker.assigned[0].index
-            try:
-                self.done[index] = worker.receive()
-            except EOFError:
-                self._again(worker)
+        patience = min(worker.heard for worker in at_work) + self.pool.silence - time.monotonic()
+        ready = wait([worker.connection for worker in at_work], max(patience, 0.0))
+        for worker in at_work:
+            if worker.connection in ready:
+                index = worker.assigned[0].index
+                try:
+                    result = worker.receive()
+                except EOFError:
+                    self._again(worker)
+                else:
+                    if result is not None:
+                        self.done[index] = result
+            elif time.monotonic() - worker.heard > self.pool.silence:
+                self._hung(worker)
+
+    def _hung(self, worker: _Worker) -> None:
+        """Ends a worker that makes no step. Its group is not run again: it would hang once more, and as long."""
+        worker.kill()
+        self.pool._bury(worker)
+        suspect = worker.assigned.popleft()
+        name = named(self.pool.task_name, suspect.group.seeds)
+        how = f"the worker process made no step for {self.pool.silence:g} s"
+        self.pool.deaths.append(f"{name}: {how} and was ended")
+        self.done[suspect.index] = WorkerDied(
+            f"{name}: {how}; if this machine is only slow, raise SPRINGHEAD_WORKER_SILENCE (seconds), else run these "
+            "seeds with processes=1 to see where the simulator hangs"
+        )
+        self.waiting.extendleft(reversed(worker.assigned))
 
     def _again(self, worker: _Worker) -> None:
         """Puts the groups of a dead worker back; the one that it was running may have been the cause."""
         how = self.pool._bury(worker)
         suspect = worker.assigned[0]
         suspect.deaths += 1
-        name = _name(self.pool.task_name, suspect.group.seeds)
+        name = named(self.pool.task_name, suspect.group.seeds)
         self.pool.deaths.append(f"{name}: the worker process died ({how})")
         if suspect.deaths > RETRIES:
             worker.assigned.popleft()
@@ -313,10 +326,6 @@ class _Schedule:
         else:
             _log.warning("%s: the worker process died (%s); its episodes are run again", name, how)
         self.waiting.extendleft(reversed(worker.assigned))
-
-
-def _name(task_name: str, seeds: Sequence[int]) -> str:
-    return f"task {task_name}, seeds {', '.join(map(str, seeds))}"
 
 
 @contextlib.contextmanager
@@ -334,120 +343,13 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_group(task_name: str, num_envs: int, group: Group) -> list[Episode]:
-    watched = _Watched(task_name, group)
-    runner = EpisodeRunner(task_name, num_envs)
+def _silence_limit() -> float:
+    """The seconds of ``SPRINGHEAD_WORKER_SILENCE``."""
+    text = os.environ.get(_SILENCE, "900")
     try:
-        group.policy.reset(num_envs, group.cost_limit)
-        episodes = runner.run(watched.act, group.seeds, group.policy.observe)
-        for seed, episode in zip(group.seeds, episodes, strict=True):
-            _check(task_name, seed, episode)
-    except Exception:
-        discard(task_name)  # the next group must not meet a broken simulator
-        raise
-    return episodes
-
-
-class _Watched:
-    """A group's policy that is shown finite observations only, and whose actions are looked at.
-
-    What a simulator or a policy makes of a number that is not finite (an assertion, a crash, more of them) would hide
-    where it came from. Costs about 2 us for all environments of a step.
-    """
-
-    def __init__(self, task_name: str, group: Group) -> None:
-        self._task_name, self._group, self._step = task_name, group, 0
-
-    def act(self, observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        if not math.isfinite(observations.sum()):  # only a sign of it: great numbers may also add up to infinity
-            before = self._step - 1
-            self._look(observations, max(before, 0), "observations" if before < 0 else "next_observations")
-        actions = self._group.policy.act(observations)
-        if not math.isfinite(actions.sum()):
-            self._look(actions, self._step, "actions")
-        self._step += 1
-        return actions
-
-    def _look(self, rows: npt.NDArray[np.float32], step: int, key: str) -> None:
-        for seed, row in zip(self._group.seeds, rows, strict=False):
-            bad = row[~np.isfinite(row)]
-            if len(bad):
-                raise _fault(self._task_name, seed, step, key, float(bad[0]))
-
-
-def _check(task_name: str, seed: int, episode: Episode) -> None:
-    """Looks for the first number of an episode that is not finite, among those that no policy was shown."""
-    arrays = {
-        "rewards": episode.rewards,
-        "costs": episode.costs,
-        "sub_costs": episode.sub_costs,
-        "next_observations": episode.next_observations,
-    }
-    found: list[tuple[int, str, float]] = []
-    for key, array in arrays.items():
-        if array is not None and not np.isfinite(array).all():
-            rows = array.reshape(len(array), -1)
-            step = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-            found.append((step, key, float(rows[step][~np.isfinite(rows[step])][0])))
-    if found:
-        raise _fault(task_name, seed, *min(found, key=lambda fault: fault[0]))
-
-
-def _fault(task_name: str, seed: int, step: int, key: str, value: float) -> BadInput:
-    where = f"task {task_name}, seed {seed}, step {step}"
-    if key == "actions":
-        return BadInput(f"{where}: the policy's action holds {value}; its weights have diverged, so train it again")
-    return SimulatorFault(
-        f"{where}: the simulator returned {value} in {key}; nothing of this group of episodes is kept. The episode is "
-        "a function of its seed and the policy: leave out the seed, and report both to the simulator's authors"
-    )
-
-
-# -- the worker's side --------------------------------------------------------------------------------
-
-
-def serve(descriptor: int, task_name: str, num_envs: int) -> None:
-    """Runs groups until the parent is gone. The body of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
-    os.set_inheritable(descriptor, False)
-    if "SPRINGHEAD_SEAL" in os.environ:  # as stages/__init__.py does for processes that import it
-        from springhead.hermetic import inherit
-
-        inherit()
-    connection, inbox = Connection(descriptor), queue.SimpleQueue[Group | Exception]()
-
-    def receive() -> None:
-        # In a thread, which costs nothing while it waits, for two reasons: the parent never has to wait until a
-        # group is done to hand over the next one, and the end of the parent ends a group in mid-flight.
-        while True:
-            try:
-                inbox.put(connection.recv())
-            except (EOFError, OSError):
-                os._exit(0)
-            except Exception as error:  # the policy cannot be made here
-                inbox.put(error)
-
-    threading.Thread(target=receive, name="receive", daemon=True).start()
-    while True:
-        result = _answer(task_name, num_envs, inbox.get())
-        try:
-            connection.send(result)
-        except OSError:
-            os._exit(0)
-
-
-def _answer(task_name: str, num_envs: int, group: Group | Exception) -> list[Episode] | Exception:
-    """Runs a group and returns its episodes, or the error that the parent is to raise."""
-    seeds: tuple[int, ...] = ()
-    try:
-        if isinstance(group, Exception):
-            raise group
-        seeds = group.seeds
-        return _run_group(task_name, num_envs, group)
-    except SpringheadError as error:
-        return error.with_traceback(None)
-    except Exception as error:
-        # Anything else is a defect of the policy or the simulator, so its traceback is worth having; the error
-        # itself may not survive pickling.
-        text = "".join(traceback.format_exception(error))
-        return RuntimeError(f"{_name(task_name, seeds)}: {type(error).__name__} in a worker process\n{text}")
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise BadInput(f"{_SILENCE} is {text!r}; use a number of seconds above 0, or unset it")
+    return seconds

@@ -107,3 +107,17 @@ class Reads(Wander):
     def act(self, observations):
         self.path.read_text()
         return super().act(observations)
+
+
+class Sleeps(Wander):
+    """Sleeps before some of its steps, each time so long."""
+
+    def __init__(self, seed: int, steps: range, seconds: float) -> None:
+        super().__init__(seed)
+        self.steps, self.seconds, self.step = steps, seconds, 0
+
+    def act(self, observations):
+        if self.step in self.steps:
+            time.sleep(self.seconds)
+        self.step += 1
+        return super().act(observations)

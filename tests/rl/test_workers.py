@@ -18,7 +18,7 @@ from springhead.errors import BadInput
 from springhead.hermetic import Seal
 from springhead.rl.dataset import EPISODE_KEYS, Episode
 from springhead.rl.workers import EpisodeWorkers, Group, SimulatorFault, WorkerDied
-from tests.rl.acting import Breaks, Dies, Diverged, Loaded, Raises, Reads, Wander
+from tests.rl.acting import Breaks, Dies, Diverged, Loaded, Raises, Reads, Sleeps, Wander
 
 pytestmark = pytest.mark.unit
 
@@ -122,6 +122,35 @@ def test_a_group_that_always_kills_its_worker_is_an_error_and_the_groups_before_
             found.extend(workers.run(groups))
         same(found, expected[:2])
         same(list(workers.run(work(2))), expected[:2])
+
+
+@pytest.mark.fault
+def test_a_worker_that_hangs_is_ended_and_named_and_a_slow_one_is_not(expected):
+    groups = [
+        *work(2),
+        Group(Sleeps(2, range(24), 0.25), (20,), 12.0),
+        Group(Sleeps(0, range(9, 10), 600.0), (7, 8), 10.0),
+    ]
+    found = []
+    with EpisodeWorkers("BallCircle", 2, 2) as workers:
+        same(list(workers.run(work(2))), expected[:2])  # both have done their imports
+        workers.silence = 4.0
+        message = r"task BallCircle, seeds 7, 8: the worker process made no step for 4 s; if this machine is only slow"
+        with pytest.raises(WorkerDied, match=message):
+            found.extend(workers.run([*groups, *work(1, 3)]))
+        assert workers.deaths == ["task BallCircle, seeds 7, 8: the worker process made no step for 4 s and was ended"]
+        same(found, expected[:3])  # the third slept for 6 s altogether
+        workers.silence = 900.0
+        same(list(workers.run(work(2))), expected[:2])
+
+
+def test_the_limit_of_silence_is_read_from_the_environment(monkeypatch):
+    assert EpisodeWorkers("BallCircle", 2).silence == 900.0
+    monkeypatch.setenv("SPRINGHEAD_WORKER_SILENCE", "60")
+    assert EpisodeWorkers("BallCircle", 2).silence == 60.0
+    monkeypatch.setenv("SPRINGHEAD_WORKER_SILENCE", "a minute")
+    with pytest.raises(BadInput, match="SPRINGHEAD_WORKER_SILENCE is 'a minute'; use a number of seconds above 0"):
+        EpisodeWorkers("BallCircle", 2)
 
 
 @pytest.mark.fault

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.execution import Outcome
 from pipelines.session import Request, Result
-from springhead.errors import Finding
+from springhead.errors import Finding, SpringheadError
 from springhead.keys import Keys
 from springhead.lineage.digests import file_digest
 from springhead.lineage.ledger import Ledger
@@ -86,8 +86,8 @@ def raise_if_red(conclusion: Conclusion) -> None:
 def conclude(result: Result, root: Path, home: Path, request: Request, promote: bool, say: Say) -> Conclusion:
     """Does what follows the stages.
 
-    Tracking is brought up to date in every case. Promotion and the report follow only a whole
-    run in which no stage failed.
+    Tracking is brought up to date in every case. The report follows a whole run, and says what
+    failed; promotion follows only one in which no stage failed.
 
     Args:
         result: what the run did.
@@ -103,6 +103,8 @@ def conclude(result: Result, root: Path, home: Path, request: Request, promote: 
     if result.of("failed"):
         logs = home / "runs" / result.run / "logs"
         conclusion.places["logs of the stages"] = _show(logs, root)
+        if not request.targets:
+            _report_failure(result.place, home, root, conclusion)
         return conclusion
     if request.targets:
         conclusion.notes.append("a run with --target promotes nothing and builds no report")
@@ -160,6 +162,14 @@ def _report(place: Path, home: Path, root: Path, conclusion: Conclusion) -> None
 
     page = report.build(place, home, None if place == root else place / "report")
     conclusion.places["report"] = _show(page, root)
+
+
+def _report_failure(place: Path, home: Path, root: Path, conclusion: Conclusion) -> None:
+    """Writes the report of a red run: an earlier page would go on showing that all is well."""
+    try:
+        _report(place, home, root, conclusion)
+    except (SpringheadError, OSError) as error:  # the failure of the stage is what matters
+        conclusion.notes.append(f"the report could not be written: {error}")
 
 
 def _point_out(place: Path, home: Path, root: Path, conclusion: Conclusion) -> None:

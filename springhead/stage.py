@@ -376,7 +376,8 @@ class _Execution(Generic[P]):
 
     def _failed(self, stage: Stage[P], error: BaseException, inputs: str, attempt: int) -> None:
         """Keeps a red verdict for reading, removes everything else, and records the failure."""
-        if isinstance(error, Finding) and any(stage.out.iterdir()):
+        findings = isinstance(error, Finding) and any(stage.out.iterdir())
+        if findings:
             kept = self.home / "failed" / self.declared.name
             _remove(kept)
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -393,6 +394,7 @@ class _Execution(Generic[P]):
             stage.spool.event("end", status=status, seconds=time.time() - self.started, time=time.time())
             stage.spool.close()
             body = {"stage": self.declared.name, "inputs": inputs, "attempt": attempt, "error": message[:2000]}
+            body["findings"] = findings
             Ledger(self.home).append("failure", {**body, **self._volatile()}, Keys.of(self.root, self.home))
         except OSError as second:  # a full disk must not hide the first error
             print(f"warning: the failure could not be recorded: {second}", file=sys.stderr)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.execution import Outcome
+from pipelines.finish import conclude
+from pipelines.session import Request, Result
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.graph import Graph
@@ -136,6 +139,61 @@ def test_a_failed_stage_is_marked_until_it_ran_again(root: Path) -> None:
     page = Page(build(root, out=root / "out").read_text())
     assert "failed out of" in page.text
     assert "16 of 17" in page.text
+
+
+def test_the_verdict_of_a_red_run_stands_in_the_place_of_the_earlier_one(root: Path) -> None:
+    ledger, stage = Ledger(root / ".springhead"), f"rl-validate@{TASK}"
+    expected = Page(build(root, out=root / "out").read_text()).text.count("at least 100 rows")
+    earlier = read_json(root / f"data/rl/validate/{TASK}/verdict.json")
+    red = {
+        "name": "costs are whole",
+        "column": "costs",
+        "severity": "critical",
+        "success": False,
+        "unexpected_count": 7,
+    }
+    write_json(
+        root / f".springhead/failed/{stage}/verdict.json",
+        {**earlier, "success": False, "severity": "critical", "rows": 4321, "expectations": [red]},
+    )
+    failure = {"stage": stage, "error": "1 critical expectation(s) failed\nin full", "inputs": "x", "findings": True}
+    ledger.append("failure", failure)
+    text = Page(build(root, out=root / "out").read_text()).text
+    for part in ("1 stage failed when it ran last", f"{stage} : 1 critical expectation(s) failed", "made; 1 failed",
+                 "verdicts 2 1 failed", "The last run failed : this is its verdict", "4,321 rows",
+                 "costs are whole"):  # fmt: skip
+        assert part in text, part
+    assert "in full" not in text
+    assert text.count("at least 100 rows") == expected - 1  # an expectation of the earlier verdict
+
+    # A later failure that has no verdict: the earlier one is shown, and said to be so.
+    ledger.append("failure", {**failure, "error": "killed", "findings": False})
+    text = Page(build(root, out=root / "out").read_text()).text
+    assert "The last run failed : killed. Below is the verdict of an earlier run" in text
+    assert "verdicts 2 1 failed" in text
+    assert text.count("at least 100 rows") == expected
+
+    ledger.append("execution", {"stage": stage, "seconds": 1.0})
+    text = Page(build(root, out=root / "out").read_text()).text
+    assert "The last run failed" not in text
+    assert "failed when" not in text
+
+
+def test_a_red_run_writes_the_report_and_promotes_nothing(root: Path) -> None:
+    home, stage = root / ".springhead", f"rl-validate@{TASK}"
+    Ledger(home).append("failure", {"stage": stage, "error": "a row is bad", "inputs": "x", "findings": False})
+    result = Result("20261124-000000-abcd", root, {stage: Outcome(stage, "failed", error="a row is bad")}, 1.0)
+    conclusion = conclude(result, root, home, Request(1), True, print)
+    page = root / conclusion.places["report"]
+    assert f"{stage} : a row is bad" in Page(page.read_text()).text
+    assert (conclusion.champions, conclusion.closed) == ({}, {})
+    page.unlink()
+    conclude(result, root, home, Request(1, targets=(stage,)), True, print)
+    assert not page.exists()
+    # That the report cannot be written does not hide why the run is red.
+    (page.parent / ".springhead-report").unlink()
+    notes = conclude(result, root, home, Request(1), True, print).notes
+    assert [note for note in notes if "the report could not be written" in note and "holds other files" in note]
 
 
 def test_text_from_the_outside_is_escaped(root: Path) -> None:

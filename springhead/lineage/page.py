@@ -24,13 +24,13 @@ from springhead.lineage.drawing import Drawing, draw
 from springhead.lineage.graph import Graph
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.rows import DECISIONS, ROWS, Rows
+from springhead.pages import TEMPLATES, environment
 
 MOST_ROWS = 100_000
 """Rows whose ids a page carries; with more it would be slow to open, and says what to ask instead."""
 Outcome = tuple[str, str, int | None]
 """What became of a row: in words, as a state for its colour, and the node that tells more."""
 DIGITS = 16  # of an id that the page carries; two of 100,000 rows share them once in a billion pages
-_TEMPLATES = Path(__file__).parent.parent / "report" / "templates"
 
 
 def write_page(root: Path, ref: str, target: Path, scan: bool = False) -> Path:
@@ -218,33 +218,28 @@ def _inline(script: str) -> tuple[str, str]:
 
 
 def _render(ref: str, answer: Mapping[str, Any], content: Mapping[str, Any], drawing: Drawing) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     drawn, drawn_digest = _inline(library())
-    script, script_digest = _inline((_TEMPLATES / "lineage.js").read_text(encoding="utf-8"))
-    style = "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "lineage.css"))
-    return environment.get_template("lineage.html").render(
-        ref=ref,
-        answer=answer,
-        title=drawing.title,
-        tiles=drawing.tiles,
-        rules=drawing.rules,
-        origins=drawing.origins,
-        kinds=drawing.kinds,
-        notes=drawing.notes,
-        lookup=content["rows"],
-        most=MOST_ROWS,
-        style=style,
-        library=drawn,
-        script=script,
-        policy=f"default-src 'none'; script-src {drawn_digest} {script_digest}; style-src 'unsafe-inline'; "
-        "img-src data:; base-uri 'none'; form-action 'none'",
-        content=embedded(content),
+    script, script_digest = _inline((TEMPLATES / "lineage.js").read_text(encoding="utf-8"))
+    style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "lineage.css"))
+    return (
+        environment()
+        .get_template("lineage.html")
+        .render(
+            ref=ref,
+            answer=answer,
+            title=drawing.title,
+            tiles=drawing.tiles,
+            rules=drawing.rules,
+            origins=drawing.origins,
+            kinds=drawing.kinds,
+            notes=drawing.notes,
+            lookup=content["rows"],
+            most=MOST_ROWS,
+            style=style,
+            library=drawn,
+            script=script,
+            policy=f"default-src 'none'; script-src {drawn_digest} {script_digest}; style-src 'unsafe-inline'; "
+            "img-src data:; base-uri 'none'; form-action 'none'",
+            content=embedded(content),
+        )
     )

@@ -15,11 +15,11 @@ from typing import Any
 from springhead.errors import BadInput, SpringheadError
 from springhead.home import home as state_folder
 from springhead.home import main_checkout
+from springhead.pages import TEMPLATES, environment
 from springhead.progress import duration
 from springhead.report.collect import BRANCHES, Facts, collect, number
 from springhead.report.dag import draw
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _TITLES = {
     "scatter": "what became of each episode",
     "steps": "before and after each rule",
@@ -65,21 +65,13 @@ def _prepare(target: Path) -> None:
 
 
 def _page(root: Path, target: Path, facts: Facts) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"size": size, "time": lambda s: "" if s is None else duration(s), "figure": _figure}
-    environment.filters |= {"short": lambda digest: str(digest)[:12], "words": lambda text: str(text).replace("_", " ")}
+    templates = environment()
+    templates.filters |= {"size": size, "time": lambda s: "" if s is None else duration(s), "figure": _figure}
+    templates.filters |= {"short": lambda digest: str(digest)[:12], "words": lambda text: str(text).replace("_", " ")}
     states = {row["name"]: row["state"] for row in facts.stages}
     seconds = {row["name"]: row["seconds"] or 0.0 for row in facts.stages}
-    return environment.get_template("index.html").render(
-        style=(_TEMPLATES / "style.css").read_text(encoding="utf-8"),
+    return templates.get_template("index.html").render(
+        style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         branches=BRANCHES,
         facts=facts,
         tiles=_tiles(facts),
@@ -99,17 +91,19 @@ def _page(root: Path, target: Path, facts: Facts) -> str:
 def _tiles(facts: Facts) -> list[dict[str, str]]:
     """Returns the figures at the top: what there is, and whether all is well."""
     made = sum(row["state"] == "made" for row in facts.stages)
-    bad = [v for v in facts.verdicts if not v["success"]]
-    warned = [v for v in facts.verdicts if v["success"] and v["severity"] == "warning"]
+    failed = len(facts.failures)
+    bad = [v for v in facts.verdicts if v["failed"] or not v["success"]]
+    warned = [v for v in facts.verdicts if v not in bad and v["severity"] == "warning"]
     verdict = f"{len(bad)} failed" if bad else f"{len(warned)} with warnings" if warned else "all passed"
+    done = bool(facts.stages) and made == len(facts.stages)
     rows = sum(d["rows"] for d in facts.datasets)
     dropped = sum(rule["dropped"] for f in facts.filters for rule in f["rules"])
     return [
         {
             "label": "stages",
             "value": f"{made} of {len(facts.stages)}",
-            "note": "made" if facts.stages and made == len(facts.stages) else "made; see the table",
-            "state": "good" if facts.stages and made == len(facts.stages) else "warning",
+            "note": f"made; {failed} failed" if failed else "made" if done else "made; see the table",
+            "state": "bad" if failed else "good" if done else "warning",
         },
         {
             "label": "champions",

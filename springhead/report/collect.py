@@ -29,6 +29,8 @@ class Facts:
     graph: Graph
     ledger: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """The stages that failed when they ran last, with the first line of the message."""
     stages: list[dict[str, Any]] = field(default_factory=list)
     champions: list[dict[str, Any]] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
@@ -49,13 +51,16 @@ def collect(root: Path, home: Path) -> Facts:
         notes.append(f"Times and promotions are left out: {error}.")
     notes += [f"The ledger is damaged: {problem}." for problem in ledger.verify()[:3]]
     facts = Facts(_graph(root, notes), entries, notes)
+    failures = _failures(entries)
+    facts.failures = {stage: str(body.get("error") or "failed").splitlines()[0] for stage, body in failures.items()}
     facts.stages = _stages(root, facts)
     facts.champions = _champions(facts)
     facts.results = [r for name in facts.graph.order for r in _result(root, facts, name)]
     facts.datasets = data.datasets(facts.graph)
     facts.films = data.films(root, facts.graph, notes)
     facts.filters = data.filters(root, facts.graph, notes)
-    facts.verdicts = data.verdicts(root, facts.graph, notes)
+    kept = {stage: home / "failed" / stage for stage, body in failures.items() if body.get("findings")}
+    facts.verdicts = data.verdicts(root, facts.graph, notes, facts.failures, kept)
     return facts
 
 
@@ -74,7 +79,7 @@ def _graph(root: Path, notes: list[str]) -> Graph:
 
 def _stages(root: Path, facts: Facts) -> list[dict[str, Any]]:
     runs = last_runs(facts.ledger)
-    failed = _failures(facts.ledger)
+    failed = facts.failures
     unverified = {link.stage for link in facts.graph.links if not link.verified}
     rows = []
     for name in sorted(facts.graph.order, key=lambda n: branch_of(n) != "rl"):
@@ -117,12 +122,12 @@ def _execution(body: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _failures(ledger: list[dict[str, Any]]) -> dict[str, str]:
-    """Returns the stages whose newest entry is a failure, with the first line of its message."""
-    last: dict[str, str] = {}
+def _failures(ledger: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the newest entry of each stage whose newest entry is a failure."""
+    last: dict[str, dict[str, Any]] = {}
     for entry in ledger:
         if entry["kind"] == "failure":
-            last[entry["body"]["stage"]] = str(entry["body"].get("error", "failed")).splitlines()[0]
+            last[entry["body"]["stage"]] = entry["body"]
         elif entry["kind"] == "execution":
             last.pop(entry["body"]["stage"], None)
     return last

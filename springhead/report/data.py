@@ -5,7 +5,7 @@ What cannot be read becomes a note; the rest is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,22 @@ def filters(root: Path, graph: Graph, notes: list[str]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda f: branch_of(f["stage"]) != "rl")
 
 
-def verdicts(root: Path, graph: Graph, notes: list[str]) -> list[dict[str, Any]]:
-    """Every verdict, with the Data Docs and the drift that its stage wrote beside it."""
+def verdicts(
+    root: Path, graph: Graph, notes: list[str], failures: Mapping[str, str], kept: Mapping[str, Path]
+) -> list[dict[str, Any]]:
+    """Every verdict, with the Data Docs and the drift that its stage wrote beside it.
+
+    Args:
+        root: The checkout.
+        graph: Its receipts.
+        notes: Takes what cannot be shown.
+        failures: The stages that failed when they ran last, with the message.
+        kept: For those among them whose findings were kept, where: their verdict is shown, not that of an earlier run.
+    """
     found = []
-    for stage, path in _outputs(root, graph, "validate", "verdict.json"):
+    files = dict(_outputs(root, graph, "validate", "verdict.json"))
+    files |= {stage: folder / "verdict.json" for stage, folder in kept.items() if step_of(stage) == "validate"}
+    for stage, path in files.items():
         try:
             verdict = read_json(path)
             expectations = [{"description": "", "frame": "", **e} for e in verdict["expectations"]]
@@ -78,7 +90,8 @@ def verdicts(root: Path, graph: Graph, notes: list[str]) -> list[dict[str, Any]]
             notes.append(f"The verdict of {stage} cannot be read ({error}).")
             continue
         docs = path.parent / "data_docs"
-        entry = {"stage": stage, "docs": docs if (docs / "index.html").is_file() else None}
+        entry: dict[str, Any] = {"stage": stage, "docs": docs if (docs / "index.html").is_file() else None}
+        entry |= {"failed": failures.get(stage, ""), "latest": stage in kept or stage not in failures}
         found.append({**verdict, **entry, "expectations": expectations, "drift": _drift(path.parent, stage, notes)})
     return sorted(found, key=lambda v: branch_of(v["stage"]) != "rl")
 

@@ -33,3 +33,11 @@ def f_of_slope(slope: torch.Tensor) -> torch.Tensor:
     """F at the ratio of a slope: (y - 1) e^y + 1 below 0, y² / 2 from 0 on."""
     low = slope.clamp(max=0.0)
     return torch.where(slope < 0.0, (low - 1.0) * low.exp() + 1.0, 0.5 * slope.square())
+
+
+def conjugate(slope: torch.Tensor) -> torch.Tensor:
+    """The convex conjugate f*(y) = y x - f(x) at the ratio x of slope y: e^y - 1 below 0, y + y² / 2 from 0 on.
+
+    Its derivative is :func:`ratio_of`, so a loss in f* needs no gradient through the ratio.
+    """
+    return torch.where(slope < 0.0, slope.clamp(max=0.0).expm1(), slope + 0.5 * slope.square())

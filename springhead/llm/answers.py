@@ -4,21 +4,26 @@
     out/shard-00000.jsonl   finished shards, written whole or not at all
     out/answers.jsonl       all answers in the order of the rows, when the last shard is done
 
+As a command: `python -m springhead.llm.answers answers.yaml`, with the keys of `Settings`.
+
 A run that finds its own `run.json` goes on after the finished shards; another run's is refused. A row's draws are
 seeded by its id and the number of the sample, so its text depends neither on its shard nor on what else is asked.
 """
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from springhead.errors import BadInput
+from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import canonical, read_json, read_jsonl, write_json_atomic
-from springhead.lineage.digests import json_digest
+from springhead.lineage.digests import json_digest, tree_digest
+from springhead.llm import chat, generation, students
 from springhead.llm.generation import Answer, Conversation, Decoding, Key
+from springhead.params import load, read_params
 from springhead.progress import Progress
 
 Row = Mapping[str, Any]
@@ -75,9 +80,7 @@ def write_answers(
     if samples < 1 or shard_rows < 1:
         raise BadInput("samples and shard_rows must be at least 1")
     if samples > 1 and decoding.temperature == 0:
-        raise BadInput(
-            f"samples is {samples}, but at temperature 0 all are the same; raise the temperature or ask once"
-        )
+        raise BadInput(f"samples is {samples}, but at temperature 0 all are the same; raise it, or ask once")
     ids = [row.get("id") for row in rows]
     if not rows or not all(isinstance(name, str) and name for name in ids) or len(set(ids)) != len(ids):
         raise BadInput("rows to answer need an 'id' each, all different, and there must be at least one")
@@ -156,3 +159,79 @@ def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to answer; the keys of the YAML file."""
+
+    model: str
+    """Folder of the model."""
+    rows: str
+    """JSON lines, each with a `prompt` or `messages`, and an `id`; without one, the line of the file is its id."""
+    out: str
+    """Folder to write; the same again goes on where it stopped."""
+    decoding: Decoding
+    """How to decode."""
+    samples: int = 1
+    """Answers to each row."""
+    shard_rows: int = 1024
+    """Answers in a shard: what a kill loses at most."""
+    backend: Literal["torch", "vllm"] = "torch"
+    """vllm where it is installed and there is a GPU."""
+    chat_template: str = "own"
+    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file; vllm takes the model's own."""
+    device: students.Device = "auto"
+    """cpu, cuda or auto."""
+
+
+def torch_engine(folder: Path, decoding: Decoding, device: students.Device, template: str = "own") -> Engine:
+    """The engine of the torch back end.
+
+    Raises:
+        BadInput: not a safe model folder, or a template that it cannot use.
+    """
+    model, tokenizer = students.load(folder, device)
+    chat.use_template(tokenizer, template)
+    return lambda conversations, keys: generation.answer(model, tokenizer, conversations, decoding, keys=keys)
+
+
+def run(settings: Settings) -> Path:
+    """Answer as the settings say; returns the file of all answers."""
+    path, folder = Path(settings.rows), Path(settings.model)
+    rows = [{"id": f"{path.name}:{number}", **row} for number, row in enumerate(read_jsonl(path), start=1)]
+    if settings.backend == "vllm":
+        from springhead.llm.vllm_engine import VllmEngine
+
+        engine: Engine = VllmEngine(folder, settings.decoding)
+    else:
+        engine = torch_engine(folder, settings.decoding, settings.device, settings.chat_template)
+    with Progress(len(rows) * settings.samples, "answering", "answers") as bar:
+        return write_answers(
+            rows,
+            engine,
+            tree_digest(folder),
+            settings.decoding,
+            Path(settings.out),
+            samples=settings.samples,
+            shard_rows=settings.shard_rows,
+            backend=settings.backend,
+            progress=bar,
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        print(run(load(Settings, read_params(arguments[0]), arguments[0])))
+    except SpringheadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

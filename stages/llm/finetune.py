@@ -1,18 +1,19 @@
 """Fine-tune a student on the rows of one method (sft, mend, rc-aug), with one seed.
 
-Writes `model/`, a Hugging Face folder in the number format of the student (LoRA merged in), and `history.csv`.
+Writes `model/`, a Hugging Face folder in the number format of the student (LoRA merged in), `history.csv`, and
+`samples.jsonl` if samples were asked for: how the model answered while it was trained.
 All methods of a student share steps and tokens per step: they differ in the rows alone.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_jsonl
-from springhead.llm import sft, students
+from springhead.jsonio import read_jsonl, write_jsonl
+from springhead.llm import chat, generation, sft, students
+from springhead.llm.history import write_history
 from springhead.llm.packing import Overlong, encode_rows
 from springhead.stage import Stage, run_stage
 
@@ -33,6 +34,10 @@ class Tuning:
     """Evaluation rows that the evaluation loss is measured on, spread evenly over the file; 0 for none."""
     device: students.Device
     """cpu, cuda or auto. Only the CPU promises equal bytes."""
+    sample_rows: int = 0
+    """Evaluation prompts that the model answers every `sft.sample_every` steps and at the end; 0 for none."""
+    sample_tokens: int = 128
+    """Longest of these answers."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,6 @@ def spread_evenly(rows: Sequence[Row], count: int) -> list[Row]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def write_history(path: Path, history: sft.History) -> None:
-    """One line per step; the evaluation loss is empty where it was not measured."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(history[0]), lineterminator="\n")
-        writer.writeheader()
-        for line in history:
-            shown = {name: int(value) if name in ("step", "tokens") else f"{value:.6g}" for name, value in line.items()}
-            writer.writerow(shown | ({"eval_loss": ""} if line["eval_loss"] < 0 else {}))
-
-
 def run(stage: Stage[Params]) -> None:
     """Read the rows, train, save the model."""
     student, method, seed = (stage.item[name] for name in ("student", "method", "seed"))
@@ -85,16 +80,22 @@ def run(stage: Stage[Params]) -> None:
     tuning = stage.params.students[student]
     source, data = stage.input("students"), stage.input("filter")
     model, tokenizer = students.load(source, tuning.device)
+    chat.check_template(tokenizer, generation.end_texts(model, tokenizer))
     rows = rows_of(data / "train.jsonl", method, tuning.max_rows)
     examples, counts = encode_rows(rows, tokenizer, tuning.max_length, tuning.overlong)
     held_out = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.eval_rows)
     held_out_examples = encode_rows(held_out, tokenizer, tuning.max_length, tuning.overlong)[0] if held_out else []
+    asked = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.sample_rows) if tuning.sample_rows else []
+    samples = sft.Samples(tokenizer, [row["prompt"] for row in asked], tuning.sample_tokens) if asked else None
     with stage.progress(tuning.sft.steps, f"{student} {method} seed {seed}", "step") as bar:
         trained, history = sft.train(
-            model, examples, held_out_examples, tuning.sft, stage.seed, stage.scratch, bar, stage.log
+            model, examples, held_out_examples, tuning.sft, stage.seed, stage.scratch, bar, stage.log, samples=samples
         )
     students.save(trained, tokenizer, stage.out / "model", students.stored_dtype(source))
     write_history(stage.out / "history.csv", history)
+    if samples is not None:
+        facts = [{"row": row["id"], "prompt": row["prompt"]} for row in asked]
+        write_jsonl(stage.out / "samples.jsonl", [{**s, **facts[s["conversation"]]} for s in samples.taken])
     last = history[-1]
     stage.metrics(
         {

@@ -3,6 +3,7 @@ import torch
 
 from springhead.errors import BadInput
 from springhead.llm import generation, sft
+from springhead.llm.decoders import decoder_for
 from springhead.llm.generation import Decoding, generate, generate_ids
 from springhead.llm.packing import encode_rows
 from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
@@ -79,3 +80,97 @@ def test_bad_requests_are_refused(model):
         generate(model, tiny_tokenizer(), [], Decoding())
     with pytest.raises(ValueError, match="top_p"):
         Decoding(top_p=0.0)
+
+
+def test_stop_texts_end_a_row_where_they_are_complete_and_are_cut_off(model):
+    tokenizer = tiny_tokenizer()
+    free = generation.answer(model, tokenizer, PROMPTS, Decoding(12))
+    words = free[0].text.split(" ")
+    stop = " ".join(words[3:5])  # of two words, so of two tokens
+    stopped = generation.answer(model, tokenizer, PROMPTS, Decoding(12, stop=(stop, "never said")))
+    assert (stopped[0].text, stopped[0].finish) == (free[0].text[: free[0].text.index(stop)].strip(), "stop")
+    assert len(stopped[0].ids) < len(free[0].ids)
+    for one, other in zip(stopped[1:], free[1:], strict=True):
+        assert one == other or one.finish == "stop"
+
+
+def test_every_end_sign_of_the_model_ends_a_row(model):
+    tokenizer = tiny_tokenizer()
+    free = generation.answer(model, tokenizer, PROMPTS, Decoding(12))
+    assert {answer.finish for answer in free} <= {"length", "end"}
+    other = free[0].ids[4]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    try:
+        ended = generation.answer(model, tokenizer, PROMPTS, Decoding(12))
+    finally:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert (ended[0].ids, ended[0].finish) == (free[0].ids[: free[0].ids.index(other)], "end")
+
+
+def test_a_row_is_seeded_by_its_key_wherever_it_stands(model):
+    tokenizer = tiny_tokenizer()
+    decoding = Decoding(10, temperature=1.0, top_k=20)
+    keys = ["a", "b", "c", "d"]
+    there = generation.answer(model, tokenizer, PROMPTS, decoding, keys=keys)
+    back = generation.answer(model, tokenizer, PROMPTS[::-1], decoding, keys=keys[::-1])
+    assert [a.ids for a in there] == [a.ids for a in back][::-1]
+    assert [a.ids for a in there] != [a.ids for a in generation.answer(model, tokenizer, PROMPTS, decoding)]
+
+
+def test_cuts_of_the_distribution_keep_the_right_frequencies():
+    import numpy as np
+
+    shares = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    generators = [np.random.default_rng(1)]
+
+    def drawn(decoding: Decoding) -> list[float]:
+        draws = [generation.choose(shares.log(), decoding, generators)[0] for _ in range(3000)]
+        return [draws.count(token) / 3000 for token in range(4)]
+
+    assert drawn(Decoding(temperature=1.0)) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.04)
+    assert drawn(Decoding(temperature=1.0, top_k=2)) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=0.04)
+    assert drawn(Decoding(temperature=1.0, top_p=0.8)) == pytest.approx([0, 4 / 9, 2 / 9, 3 / 9], abs=0.04)
+    assert drawn(Decoding(temperature=1.0, top_k=1)) == [0, 1, 0, 0]
+    assert drawn(Decoding(temperature=1.0, top_p=0.01)) == [0, 1, 0, 0]
+
+
+def test_nucleus_wider_than_the_short_list_is_sorted_whole():
+    import numpy as np
+
+    logits = torch.linspace(0, 0.5, 3000)[None]
+    narrow, wide = (
+        [
+            generation.choose(logits, Decoding(temperature=1.0, top_p=p), [np.random.default_rng(k)])[0]
+            for k in range(200)
+        ]
+        for p in (0.2, 0.9)
+    )
+    assert min(narrow) > 3000 - 1024
+    assert min(wide) < 1500
+
+
+@pytest.mark.fault
+def test_a_prompt_longer_than_the_context_is_named_and_an_answer_ends_with_it():
+    tokenizer = tiny_tokenizer()
+    short = tiny_model(max_position_embeddings=24, spread=0.6).eval()
+    with pytest.raises(BadInput, match="prompt 1: 41 tokens leave no room in the model's context of 24"):
+        generate(short, tokenizer, ["Ana", "Ana " * 40], Decoding())
+    answer = generation.answer(short, tokenizer, ["Ana " * 17], Decoding(100))[0]
+    assert len(answer.ids) <= 24 - 18
+
+
+def test_the_ragged_cache_keeps_rows_apart_while_others_leave(model):
+    tokenizer = tiny_tokenizer()
+    prompts = [generation.prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    with torch.no_grad(), decoder_for(model, prompts, 0) as decoder:
+        decoder.prefill()
+        order = decoder.keep([0, 1, 3])
+        assert sorted(order) == [0, 1, 3]
+        logits = decoder.step([7, 8, 9])
+        order2 = decoder.keep([1, 2])
+        logits = decoder.step([5, 6])
+    for place, token in zip(order2, (5, 6), strict=True):
+        row = [*prompts[order[place]], (7, 8, 9)[place], token]
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([row])).logits[0, -1]
+        torch.testing.assert_close(logits[order2.index(place)], expected, rtol=1e-4, atol=1e-4)

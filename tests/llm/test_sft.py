@@ -258,3 +258,90 @@ def test_bad_settings_are_refused():
         replace(CONFIG, learning_rate=0.0)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         replace(CONFIG, steps=0)
+
+
+def test_padded_and_packed_steps_have_the_same_loss_and_update(examples):
+    models = [tiny_model(), tiny_model()]
+    losses = []
+    for model, packed in zip(models, (True, False), strict=True):
+        _, history = sft.train(model, examples, examples, replace(CONFIG, packing=packed), seed=1)
+        losses.append([line["train_loss"] for line in history] + [history[-1]["eval_loss"]])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(examples, rank):
+    config = replace(CONFIG, steps=3, lora_rank=rank)
+    runs = [
+        sft.train(tiny_model(), examples, [], replace(config, gradient_checkpointing=on), 2)[1] for on in (False, True)
+    ]
+    np.testing.assert_allclose(*[[line["train_loss"] for line in run] for run in runs], rtol=1e-5)
+
+
+def test_bfloat16_computes_in_half_and_keeps_float32_weights(examples):
+    whole, half = (
+        sft.train(tiny_model(), examples, [], replace(CONFIG, precision=precision), 1)
+        for precision in ("float32", "bfloat16")
+    )
+    losses = [np.array([line["train_loss"] for line in history]) for _, history in (whole, half)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.03)
+    assert not np.array_equal(*losses)
+    assert all(p.dtype == torch.float32 for p in half[0].parameters())
+
+
+def test_schedules_end_where_they_should():
+    base = SftConfig(steps=10, batch_tokens=1, learning_rate=1.0, warmup=0.0, final_rate=0.0)
+    line = [sft.learning_rate(replace(base, schedule="linear"), step) for step in range(10)]
+    np.testing.assert_allclose(line, 1 - np.arange(10) / 10)
+    assert {sft.learning_rate(replace(base, schedule="constant", final_rate=0.1), step) for step in range(10)} == {1.0}
+    cosine = [sft.learning_rate(base, step) for step in range(10)]
+    np.testing.assert_allclose(cosine, 0.5 * (1 + np.cos(np.pi * np.arange(10) / 10)))
+
+
+def test_samples_show_what_the_model_says_while_it_learns_and_survive_a_kill(examples, tmp_path: Path):
+    config = replace(CONFIG, steps=8, learning_rate=3e-2, sample_every=4, checkpoint_every=4)
+
+    def samples():
+        return sft.Samples(tiny_tokenizer(), [ROWS[1]["prompt"], ROWS[3]["prompt"]], max_new_tokens=8)
+
+    def kill_in_step_6(step, **_):
+        if step == 6:
+            raise Killed
+
+    whole, cut, resumed = samples(), samples(), samples()
+    sft.train(tiny_model(), examples, [], config, 0, samples=whole)
+    assert [(taken["step"], taken["conversation"]) for taken in whole.taken] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert whole.taken[0]["text"] != whole.taken[2]["text"]
+    with pytest.raises(Killed):
+        sft.train(tiny_model(), examples, [], config, 0, tmp_path, log=kill_in_step_6, samples=cut)
+    sft.train(tiny_model(), examples, [], config, 0, tmp_path, samples=resumed)
+    assert resumed.taken == whole.taken
+
+
+@pytest.mark.fault
+def test_a_checkpoint_of_other_settings_or_rows_is_not_continued(examples, tmp_path: Path):
+    config = replace(CONFIG, steps=4, checkpoint_every=2)
+    sft.train(tiny_model(), examples, [], config, 0, tmp_path)
+    for changed, rows, seed in (
+        (replace(config, beta2=0.9), examples, 0),
+        (config, examples[1:], 0),
+        (config, examples, 1),
+    ):
+        with pytest.raises(BadInput, match="checkpoint of a run with other settings or rows"):
+            sft.train(tiny_model(), rows, [], changed, seed, tmp_path)
+
+
+def test_lora_adapts_the_layers_that_are_named_and_saves_alone(examples, tmp_path: Path):
+    from peft import PeftModel
+
+    config = replace(CONFIG, lora_rank=2, lora_targets=("q_proj", "v_proj"), learning_rate=2e-2)
+    trained, _ = sft.train(tiny_model(), examples, [], config, 0, adapter=tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    named = {name.split(".")[-4] for name, _ in again.named_parameters() if "lora_" in name}
+    assert named == {"q_proj", "v_proj"}
+    flat = again.merge_and_unload()
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(flat.state_dict()[name], value)
+    assert b"/" not in (tmp_path / "adapter/adapter_config.json").read_bytes()
+    with pytest.raises(BadInput, match=r"lora_targets \['nose'\]"):
+        sft.train(tiny_model(), examples, [], replace(config, lora_targets=("nose",)), 0)

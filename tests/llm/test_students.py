@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from springhead.errors import BadInput
-from springhead.lineage.digests import tree_digest
+from springhead.jsonio import read_json
+from springhead.lineage.digests import file_digest, tree_digest
 from springhead.llm import generation, problems, students
 from springhead.llm.packing import encode
 from springhead.llm.sft import SftConfig
@@ -14,6 +16,7 @@ from springhead.llm.students import HubModel, SmallLlama
 from springhead.llm.tokenizer import small_tokenizer, unknown_words, vocabulary
 from springhead.stage import for_test
 from stages.llm.students import Params, run
+from tests.llm.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 SMALL = SmallLlama(
@@ -122,6 +125,47 @@ def test_a_hub_student_offline_says_what_to_do(tmp_path: Path, monkeypatch):
     hub = {"tiny": HubModel("springhead/no-such-model", "0" * 40, "0" * 64)}
     with pytest.raises(BadInput, match=r"hub\.tiny: cannot fetch springhead/no-such-model@0+ .*HF_HUB_OFFLINE"):
         students.build("tiny", tmp_path / "out", SMALL, hub, 0)
+
+
+def in_cache(home: Path, folder: Path, repository: str, commit: str) -> None:
+    """Put a folder where the hub's client keeps a snapshot."""
+    place = home / ("models--" + repository.replace("/", "--"))
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+
+
+def test_a_hub_student_in_shards_is_taken_from_the_cache_and_pinned(tmp_path: Path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    tiny_model().save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    commit = "5" * 40
+    in_cache(tmp_path / "cache", tmp_path / "theirs", "some/body", commit)
+    pin = HubModel("some/body", commit, students.weights_digest(tmp_path / "theirs"), "own")
+    students.build("tiny", tmp_path / "out", SMALL, {"tiny": pin}, 0)
+    for name, value in tiny_model().state_dict().items():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()[name], value)
+    assert read_json(tmp_path / "out/origin.json")["commit"] == commit
+    # The same as a folder.
+    local = HubModel(str(tmp_path / "theirs"), "", pin.sha256, "own")
+    students.build("tiny", tmp_path / "again", SMALL, {"tiny": local}, 0)
+    assert file_digest(tmp_path / "again/model.safetensors") == file_digest(tmp_path / "out/model.safetensors")
+
+
+@pytest.mark.fault
+def test_a_student_that_is_not_the_pinned_one_is_refused(tmp_path: Path):
+    folder = save_tiny(tmp_path / "theirs")
+    digest = students.weights_digest(folder)
+    with pytest.raises(BadInput, match=rf"hub\.tiny: the weights of .* have the digest {digest}, expected 0+;"):
+        students.build("tiny", tmp_path / "out", SMALL, {"tiny": HubModel(str(folder), "", "0" * 64, "own")}, 0)
+    with pytest.raises(BadInput, match=r"chatml: the tokenizer has no token <\|im_start\|>"):
+        students.build("tiny", tmp_path / "out", SMALL, {"tiny": HubModel(str(folder), "", digest)}, 0)
+    with pytest.raises(ValueError, match="commit must be a full hash of 40 digits, found 'main': a branch can move"):
+        HubModel("some/body", "main", digest)
+    with pytest.raises(ValueError, match="is no folder, and a model of the hub needs a commit"):
+        HubModel("some/body", "", digest)
 
 
 def test_stage_writes_model_and_metrics(tmp_path: Path):

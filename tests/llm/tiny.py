@@ -1,8 +1,10 @@
 """A Llama of a few thousand parameters and a few rows, for tests that train or decode."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from springhead.llm.tokenizer import small_tokenizer
@@ -51,3 +53,21 @@ def tiny_model(seed: int = 0, spread: float = 0.1, **changes: Any) -> LlamaForCa
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return small_tokenizer()
+
+
+def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of any text: one token a byte, and the special tokens; no template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **({"eos_token": "</s>"} | settings))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
+
+
+def save_tiny(folder: Path, **changes: Any) -> Path:
+    """A model folder with the tiny model and its tokenizer."""
+    tiny_model(**changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

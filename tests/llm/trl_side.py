@@ -2,9 +2,9 @@
 
     .venv-trl/bin/python tests/llm/trl_side.py requests.json answers.json
 
-Each request names a model folder, a JSON-lines file, and fields of ``SFTConfig`` and ``LoraConfig``. Its answer has, for
-every optimizer step, the loss that was differentiated and the micro-batches that the collator made: token ids, labels
-and where each row begins.
+Each request names a model folder, a JSON-lines file, and fields of ``SFTConfig`` and ``LoraConfig``. Its answer has,
+for every optimizer step, the loss that was differentiated and the micro-batches that the collator made: token ids,
+labels and where each row begins.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 
 class Recorder(SFTTrainer):

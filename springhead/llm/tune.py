@@ -1,0 +1,158 @@
+"""Fine-tune any model on any conversations, outside the pipeline.
+
+    python -m springhead.llm.tune tune.yaml [sft.learning_rate=1e-4 ...]
+    torchrun --nproc-per-node 2 -m springhead.llm.tune tune.yaml
+
+Needs a model folder (safetensors) and rows as JSON lines, with `messages`, or `prompt` and `completion`. Writes, under
+`out`: `model/`, with LoRA `adapter/` as well, `history.csv`, `samples.jsonl`, and `run.json` with settings, digests
+and versions. A killed run started again goes on from its last checkpoint. docs/guide/fine-tuning.md has an example.
+"""
+
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from springhead.errors import BadInput, SpringheadError
+from springhead.jsonio import write_json, write_jsonl
+from springhead.lineage.digests import file_digest, tree_digest
+from springhead.llm import chat, generation, parallel, sft, students
+from springhead.llm.history import write_history
+from springhead.llm.packing import Example, Overlong, encode_rows, read_conversations
+from springhead.params import Loader, load, read_params
+from springhead.progress import Progress
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do; the keys of the YAML file."""
+
+    model: str
+    """Folder of the model to start from."""
+    train: str
+    """Rows to train on, JSON lines."""
+    out: str
+    """Folder to write."""
+    sft: sft.SftConfig
+    """The training run."""
+    eval: str = ""
+    """Rows for the evaluation loss; none if empty."""
+    chat_template: str = "own"
+    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file."""
+    max_length: int = 1024
+    """Longest row in tokens."""
+    overlong: Overlong = "error"
+    """What to do with a longer one: drop, truncate or error."""
+    samples: tuple[str, ...] = ()
+    """Prompts that the model answers while it trains, every `sft.sample_every` steps and at the end."""
+    sample_tokens: int = 128
+    """Longest of these answers."""
+    seed: int = 0
+    """Order of the rows and initial LoRA weights."""
+    device: students.Device = "auto"
+    """cpu, cuda or auto."""
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings with `key=value` arguments in; a dot leads into a block.
+
+    Raises:
+        BadInput: an argument has no `=`, or a key leads through something that is no block.
+    """
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise BadInput(f"{override!r}: expected key=value, such as sft.learning_rate=1e-4")
+        *blocks, last = key.split(".")
+        place: Any = values
+        for block in blocks:
+            place = place.setdefault(block, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"{override!r}: {block} is no block of settings")
+        place[last] = yaml.load(text, Loader=Loader)
+    return values
+
+
+def check_context(model: PreTrainedModel, max_length: int) -> None:
+    """Make sure that rows of this length fit the model.
+
+    Raises:
+        BadInput: they do not.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise BadInput(f"max_length is {max_length}, but the model's context is {context} tokens; lower it")
+
+
+def tune(settings: Settings, world: parallel.World, device: torch.device) -> None:
+    """Train and write; see the module.
+
+    Raises:
+        BadInput: model, rows, template or settings cannot be used.
+        Finding: training diverged.
+    """
+    out = Path(settings.out)
+    if world.first and (out / "run.json").exists():
+        raise BadInput(f"{out}: holds a finished run; choose another folder or remove it")
+    world.wait()
+    source = Path(settings.model)
+    model, tokenizer = students.load(source, "cpu")
+    model.to(device)
+    chat.use_template(tokenizer, settings.chat_template)
+    ends = generation.end_texts(model, tokenizer)
+    chat.check_template(tokenizer, ends)
+    check_context(model, settings.max_length)
+    how = (tokenizer, settings.max_length, settings.overlong, ends)
+    examples, counts = encode_rows(read_conversations(Path(settings.train)), *how)
+    held_out: list[Example] = encode_rows(read_conversations(Path(settings.eval)), *how)[0] if settings.eval else []
+    samples = sft.Samples(tokenizer, settings.samples, settings.sample_tokens) if settings.samples else None
+    bar = Progress(settings.sft.steps, "fine-tuning", "step") if world.first else None
+    adapter = out / "adapter" if settings.sft.lora_rank else None
+    trained, history = sft.train(
+        model, examples, held_out, settings.sft, settings.seed, out / ".scratch", bar,
+        samples=samples, world=world, adapter=adapter,
+    )  # fmt: skip
+    if not world.first:
+        return
+    students.save(trained, tokenizer, out / "model", students.stored_dtype(source))
+    write_history(out / "history.csv", history)
+    if samples is not None:
+        write_jsonl(
+            out / "samples.jsonl", [{**s, "prompt": settings.samples[s["conversation"]]} for s in samples.taken]
+        )
+    rows = {name: file_digest(path) for name in ("train", "eval") if (path := getattr(settings, name))}
+    versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    facts = {"parent": tree_digest(source), "rows": rows, "counts": counts, "model": tree_digest(out / "model")}
+    facts |= {"settings": asdict(settings), "processes": world.size, "device": device.type, "versions": versions}
+    write_json(out / "run.json", facts)
+    shutil.rmtree(out / ".scratch", ignore_errors=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        where = arguments[0]
+        settings = load(Settings, with_overrides(read_params(where), arguments[1:]), where)
+        with parallel.joined(students.pick_device(settings.device)) as (world, device):
+            tune(settings, world, device)
+    except SpringheadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from springhead.errors import BadInput
+from springhead.lineage.digests import tree_digest
+from springhead.llm import answers, vllm_engine
+from springhead.llm.answers import read_answers, torch_engine, write_answers
+from springhead.llm.generation import Answer, Decoding
+from tests.llm.tiny import ROWS, save_tiny
+
+pytestmark = pytest.mark.unit
+ASKED = [{"id": row["id"], "prompt": row["prompt"]} for row in ROWS]
+SAMPLED = Decoding(max_new_tokens=10, temperature=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny", spread=0.6)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> answers.Engine:
+    return torch_engine(model, SAMPLED, "cpu")
+
+
+def test_every_answer_names_its_row_its_model_and_how_it_was_decoded(model: Path, engine, tmp_path: Path) -> None:
+    path = write_answers(ASKED, engine, "d1", SAMPLED, tmp_path / "out", samples=2, shard_rows=3)
+    lines = list(read_answers(path))
+    assert [(line["parents"], line["sample"]) for line in lines] == [([r["id"]], k) for r in ASKED for k in (0, 1)]
+    assert {line["model"] for line in lines} == {"d1"}
+    assert lines[0]["decoding"] == {
+        "max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3, "stop": [],
+    }  # fmt: skip
+    assert {line["finish"] for line in lines} <= {"end", "length"}
+    assert all(lines[2 * k]["text"] != lines[2 * k + 1]["text"] for k in range(4))
+    assert len({line["id"] for line in lines}) == 8
+
+
+def test_the_text_of_a_row_depends_on_nothing_but_its_request(engine, tmp_path: Path) -> None:
+    def texts(rows, folder: str, shard_rows: int) -> dict[str, str]:
+        path = write_answers(rows, engine, "d1", SAMPLED, tmp_path / folder, shard_rows=shard_rows)
+        return {line["parents"][0]: line["text"] for line in read_answers(path)}
+
+    whole = texts(ASKED, "a", 4)
+    assert texts(ASKED, "b", 1) == whole
+    assert texts(ASKED[::-1], "c", 3) == whole
+    assert texts(ASKED[2:3], "d", 3) == {"c": whole["c"]}
+
+
+@pytest.mark.fault
+def test_a_killed_run_goes_on_after_its_last_whole_shard(engine, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def counted(conversations, keys):
+        calls.append(len(conversations))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return engine(conversations, keys)
+
+    whole = write_answers(ASKED, engine, "d1", SAMPLED, tmp_path / "whole", shard_rows=1)
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(ASKED, counted, "d1", SAMPLED, tmp_path / "cut", shard_rows=1)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
+        "run.json", "shard-00000.jsonl", "shard-00001.jsonl",
+    ]  # fmt: skip
+    again = write_answers(ASKED, counted, "d1", SAMPLED, tmp_path / "cut", shard_rows=1)
+    assert calls == [1] * 5  # two, the killed one, and two more
+    assert again.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.fault
+def test_other_requests_and_changed_answers_are_refused(engine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = write_answers(ASKED, engine, "d1", SAMPLED, out)
+    for rows, digest in ((ASKED[1:], "d1"), (ASKED, "d2")):
+        with pytest.raises(BadInput, match="holds the answers of another run"):
+            write_answers(rows, engine, digest, SAMPLED, out)
+    lines = path.read_text().splitlines()
+    changed = {**json.loads(lines[1]), "text": "I refuse."}
+    path.write_text("\n".join([lines[0], json.dumps(changed)]) + "\n")
+    with pytest.raises(BadInput, match=r"answers\.jsonl:2: the answer is not the one that was written"):
+        list(read_answers(path))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("x")
+    with pytest.raises(BadInput, match=r"is not empty and has no run\.json"):
+        write_answers(ASKED, engine, "d1", SAMPLED, tmp_path / "full")
+
+
+@pytest.mark.fault
+def test_bad_requests_are_named(engine, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="all different"):
+        write_answers([*ASKED, ASKED[0]], engine, "d", SAMPLED, tmp_path)
+    with pytest.raises(BadInput, match="at temperature 0 all are the same"):
+        write_answers(ASKED, engine, "d", Decoding(), tmp_path, samples=2)
+    with pytest.raises(BadInput, match="row z: needs a 'prompt' or 'messages'"):
+        write_answers([{"id": "z", "question": "?"}], engine, "d", SAMPLED, tmp_path)
+    with pytest.raises(BadInput, match="row z: needs a 'prompt' or 'messages'"):
+        answers.conversation_of({"id": "z", "messages": [{"role": "assistant", "content": "x"}]})
+
+
+def test_the_command_answers_a_file(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS))
+    settings = {"model": str(model), "rows": str(tmp_path / "rows.jsonl"), "out": str(tmp_path / "out"),
+                "decoding": {"max_new_tokens": 5}, "device": "cpu"}  # fmt: skip
+    (tmp_path / "answers.yaml").write_text(yaml.safe_dump(settings))
+    assert answers.main([str(tmp_path / "answers.yaml")]) == 0
+    lines = list(read_answers(Path(capsys.readouterr().out.strip())))
+    assert [line["parents"] for line in lines] == [[f"rows.jsonl:{k}"] for k in (1, 2, 3, 4)]
+    assert {line["model"] for line in lines} == {tree_digest(model)}
+    (tmp_path / "answers.yaml").write_text(yaml.safe_dump({**settings, "backend": "llama.cpp"}))
+    assert answers.main([str(tmp_path / "answers.yaml")]) == 2
+    assert "backend: 'llama.cpp' is not one of 'torch', 'vllm'" in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_without_vllm_its_back_end_says_what_to_do(model: Path) -> None:
+    with pytest.raises(BadInput, match=r"backend vllm: .*; use backend torch"):
+        vllm_engine.VllmEngine(model, SAMPLED)
+
+
+def test_vllm_is_asked_for_what_the_torch_back_end_does() -> None:
+    class Output:
+        text, token_ids, finish_reason = " Yes. ", [5, 6, 0], "stop"
+
+    engine = object.__new__(vllm_engine.VllmEngine)
+    engine._decoding, engine._ends = Decoding(9, temperature=0.7, top_p=0.9, seed=4, stop=("\n",)), [0, 0, 2]
+    asked = engine.sampling("row/0")
+    assert asked.pop("seed") != engine.sampling("row/1")["seed"]
+    assert asked == {
+        "temperature": 0.7, "top_p": 0.9, "top_k": -1, "max_tokens": 9, "stop": ["\n"], "stop_token_ids": [0, 2],
+        "skip_special_tokens": True,
+    }  # fmt: skip
+    assert engine.read(Output) == Answer([5, 6], "Yes.", "end")

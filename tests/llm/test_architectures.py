@@ -1,0 +1,116 @@
+"""Any causal model: packed where its attention allows, padded where not; decoded from the cache that fits."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from springhead.errors import BadInput
+from springhead.llm import decoders, packing, sft
+from springhead.llm.generation import Decoding, generate_ids
+from springhead.llm.packing import Example
+from springhead.llm.sft import SftConfig
+
+pytestmark = pytest.mark.unit
+CONFIG = SftConfig(steps=2, batch_tokens=80, learning_rate=1e-3)
+SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.4,
+         "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}  # fmt: skip
+PACKING: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+    "phi3": {},
+    "olmo2": {},
+}
+"""Architectures whose rows can be packed, with settings of their own."""
+PADDED: dict[str, dict[str, Any]] = {"gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0}}
+"""Architectures that shape their scores in ways of their own."""
+
+
+def make(kind: str, changes: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.for_model(kind, **(SHAPE | changes))
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+
+
+def rows(*lengths: int) -> list[Example]:
+    made = []
+    for k, length in enumerate(lengths):
+        ids = tuple((7 * k + 5 * i) % 40 + 5 for i in range(length))
+        made.append(Example(ids, tuple(i >= length // 2 for i in range(length))))
+    return made
+
+
+@torch.no_grad()
+def uncached(model: PreTrainedModel, ids: tuple[int, ...], count: int) -> list[int]:
+    given = list(ids)
+    for _ in range(count):
+        token = int(model(input_ids=torch.tensor([given]), use_cache=False).logits[0, -1].argmax())
+        if token == 0:
+            break
+        given.append(token)
+    return given[len(ids) :]
+
+
+@pytest.mark.parametrize("kind", PACKING)
+def test_packed_loss_and_ragged_decoding_are_the_models_own(kind: str) -> None:
+    model, given = make(kind, PACKING[kind]), rows(5, 12, 9, 17)
+    assert packing.packs(model)
+    with torch.no_grad():
+        alone = sum(float(sft.loss_sum(model, packing.pad([row]))) for row in given)
+        with sft.packed_attention_on(model):
+            packed = float(sft.loss_sum(model, packing.pack(given)))
+    assert packed == pytest.approx(alone, rel=1e-4)
+    prompts = [row.ids for row in given]
+    with decoders.decoder_for(model, prompts, 2) as decoder:
+        assert isinstance(decoder, decoders.Ragged)
+    assert generate_ids(model, prompts, Decoding(10, 4), 0, 2) == [uncached(model, ids, 10) for ids in prompts]
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_other_attention_is_told_apart_trained_padded_and_decoded_by_the_library(kind: str) -> None:
+    model, given = make(kind, PADDED[kind]), rows(5, 12, 9)
+    assert not packing.packs(model)
+    with pytest.raises(BadInput, match="would see each other; set packing to false"):
+        sft.train(model, given, [], CONFIG, 0)
+    prompts = [row.ids for row in given]
+    with decoders.decoder_for(model, prompts, 2) as decoder:
+        assert isinstance(decoder, decoders.Library)
+    assert generate_ids(model, prompts, Decoding(8, 3), 0, 2) == [uncached(model, ids, 8) for ids in prompts]
+    with torch.no_grad():
+        alone = sum(float(sft.loss_sum(model, packing.pad([row]))) for row in given)
+    assert float(sft.loss_sum(model, packing.pad(given))) == pytest.approx(alone, rel=1e-4)
+    _, history = sft.train(model, given, given, replace(CONFIG, packing=False), 0)
+    weight = sum(sft.target_weight(row, 0.0) for row in given)
+    assert history[0]["train_loss"] == pytest.approx(alone / weight, rel=1e-3)
+
+
+def test_a_model_with_a_running_state_is_told_apart() -> None:
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, initializer_range=0.4
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    assert not packing.packs(model)
+
+
+def test_packed_attention_refuses_what_it_does_not_have() -> None:
+    from springhead.llm.attention import packed_attention
+
+    query = torch.zeros(1, 2, 3, 4)
+    layout = packing.pack(rows(3)).layout
+    with pytest.raises(BadInput, match="has no softcap, which this model asks for; set packing to false"):
+        packed_attention(torch.nn.Identity(), query, query, query, None, layout=layout, softcap=30.0)
+    with pytest.raises(BadInput, match="has no dropout"):
+        packed_attention(torch.nn.Identity(), query, query, query, None, layout=layout, dropout=0.1)
+    with pytest.raises(BadInput, match="needs the batch's layout"):
+        packed_attention(torch.nn.Identity(), query, query, query, None)

@@ -1,0 +1,277 @@
+"""Is CDE ahead of BC, CQL, IQL, TD3+BC and OptiDICE where rewards are sparse and data scarce?
+
+    python benchmarks/cde_mazes.py collect       # the planner's data sets, 1000 episodes of each maze
+    python benchmarks/cde_mazes.py references    # what random actions and the planner achieve: the scores 0 and 100
+    python benchmarks/cde_mazes.py run           # trains and evaluates what has no result file of its settings yet
+    python benchmarks/cde_mazes.py run --task MazeUMaze --algorithm cde --ratio 0.1
+    python benchmarks/cde_mazes.py table         # writes docs/results/cde-mazes.md from the result files
+
+Settings are in ``benchmarks/cde_settings.yaml``: all algorithms share steps, batch and network. A run trains its
+seeds together in one process on the same share of the data (the filter rule ``subsample``), and acts by the mean for
+20 episodes from reset seeds that no training saw, with the policies of the last few of ten points of the training; a
+seed's score is their mean. Each run writes a file of its own and ``run`` goes on where it was stopped, checkpoints
+included; ``table`` reads the files and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from springhead.jsonio import canonical, read_json, write_json
+from springhead.lineage.digests import file_digest
+from springhead.params import load
+from springhead.progress import Progress
+from springhead.rl import mazes
+from springhead.rl.dataset import Dataset, read_dsrl
+from springhead.rl.evaluation import SavedPolicy, episode_seeds
+from springhead.rl.filter_chain import Settings as Steps
+from springhead.rl.filter_chain import Step, apply
+from springhead.rl.filters import Subsample
+from springhead.rl.offline.algorithms import entry
+from springhead.rl.offline.contract import Settings
+from springhead.rl.offline.training import train
+from springhead.rl.policy import save_model
+from springhead.rl.tasks import Task, task
+from springhead.rl.workers import EpisodeWorkers, Group
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ROOT / "benchmarks/cde_settings.yaml"
+DATA = ROOT / ".springhead/mazes"
+SCRATCH = ROOT / ".springhead/cde-mazes"
+RESULTS = ROOT / "docs/results/cde-mazes"
+PAGE = ROOT / "docs/results/cde-mazes.md"
+MAZES = ("MazeUMaze", "MazeMedium", "MazeLarge")
+ALGORITHMS = {
+    "cde": "CDE",
+    "bc-all": "BC",
+    "cql": "CQL",
+    "iql": "IQL",
+    "td3-bc": "TD3+BC",
+    "optidice": "OptiDICE",
+}
+RATIOS = (1.0, 0.1)
+SEEDS = (0, 1, 2)
+EPISODES = 20
+COLLECTED, COLLECT_SEED = 1000, 0
+SUBSAMPLE_SEED = 0
+EVALUATION_SEED = 20261124
+
+
+@dataclass(frozen=True)
+class Run:
+    """One algorithm on one share of one maze's data; its seeds are trained together."""
+
+    task: str
+    algorithm: str
+    ratio: float
+
+    @property
+    def name(self) -> str:
+        """The stem of its result file."""
+        return f"{self.task}-{self.algorithm}-{100 * self.ratio:g}"
+
+
+def settings(run: Run) -> Settings:
+    """The run's hyper-parameters: the algorithm's defaults, the common ones, its own, its own on this maze."""
+    given: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    found = entry(run.algorithm)
+    values = {**given["common"], **(given["algorithms"].get(run.algorithm) or {})}
+    values |= (given["tasks"].get(run.task) or {}).get(run.algorithm) or {}
+    return load(found.settings_class(), values, f"{SETTINGS.name}: {run.algorithm}")
+
+
+def evaluations() -> int:
+    """How many of the last policies are evaluated."""
+    return int(yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))["evaluations"])
+
+
+def share(data: Dataset, ratio: float, of: Task) -> Dataset:
+    """Whole episodes in random order until the ratio of the steps is reached."""
+    step = Step(subsample=Subsample(ratio))
+    return apply(data, Steps((step,)), of, SUBSAMPLE_SEED).dataset
+
+
+def evaluate(folder: Path, of: Task) -> list[float]:
+    """Returns of episodes by the mean, from fresh reset seeds."""
+    seeds = episode_seeds(EVALUATION_SEED, EPISODES)
+    groups = [Group(SavedPolicy(folder), seeds[i : i + 10], of.limits[-1]) for i in range(0, EPISODES, 10)]
+    with EpisodeWorkers(of.name, 10) as workers:
+        return [episode.episode_return for group in workers.run(groups) for episode in group]
+
+
+def plan(run: Run, data: Path) -> dict[str, Any]:
+    """Everything that decides the result of a run, as its file states it."""
+    return {
+        **asdict(run),
+        "seeds": list(SEEDS),
+        "episodes": EPISODES,
+        "evaluations": evaluations(),
+        "data_sha256": file_digest(data),
+        "settings": asdict(settings(run)),
+    }
+
+
+def has_result(run: Run, data: Path, results: Path) -> bool:
+    """Whether there is a result file of the run, made with these very settings and data."""
+    path = results / f"{run.name}.json"
+    return path.exists() and canonical(read_json(path)["plan"]) == canonical(plan(run, data))
+
+
+def execute(run: Run, data: Path, scratch: Path, results: Path) -> dict[str, Any]:
+    """Trains and evaluates one run, and writes its result file."""
+    of, chosen, planned = task(run.task), settings(run), plan(run, data)
+    folder = scratch / f"{run.name}-{hashlib.sha256(canonical(planned)).hexdigest()[:12]}"
+    episodes = share(read_dsrl(data), run.ratio, of).episodes()
+    started, used = time.monotonic(), time.process_time()
+    with Progress(chosen.steps, run.name) as bar:
+        trained = train(
+            run.algorithm,
+            episodes,
+            of,
+            chosen,
+            SEEDS,
+            folder / "checkpoints",
+            lambda step, figures: bar.advance(step - bar.done),
+        )
+    seconds = time.monotonic() - started, time.process_time() - used
+    scores: dict[str, list[float]] = {}
+    returns: dict[str, list[list[float]]] = {}
+    for seed, model in zip(SEEDS, trained, strict=True):
+        points = [*sorted(model.policies.items()), (chosen.steps, model.files)]
+        each = []
+        for step, files in points[-evaluations() :]:
+            save_model(folder / f"model-{seed}-{step}", model.config, files)
+            each.append(evaluate(folder / f"model-{seed}-{step}", of))
+        returns[str(seed)] = each
+        scores[str(seed)] = [round(100 * of.normalised_return(float(np.mean(found))), 2) for found in each]
+    result = {
+        "plan": planned,
+        "episodes_used": len(episodes),
+        "steps_used": sum(episode.length for episode in episodes),
+        "scores": scores,
+        "returns": returns,
+        "training_seconds": {"wall": round(seconds[0], 1), "cpu": round(seconds[1], 1)},
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    write_json(results / f"{run.name}.json", result)
+    return result
+
+
+def of_seeds(result: dict[str, Any]) -> np.ndarray:
+    """The score of each seed: the mean of its last evaluations."""
+    return np.array([np.mean(scores) for scores in result["scores"].values()])
+
+
+def table(results: Path) -> str:
+    """The page's tables: a row per maze and ratio, a column per algorithm."""
+    found = {path.stem: read_json(path) for path in sorted(results.glob("*.json"))}
+    lines = [
+        "| maze | data | episodes | " + " | ".join(ALGORITHMS.values()) + " | CDE ahead of all |",
+        "|---|--:|--:|" + "--:|" * len(ALGORITHMS) + "---|",
+    ]
+    ahead: dict[float, list[str]] = {ratio: [] for ratio in RATIOS}
+    for ratio in RATIOS:
+        for name in MAZES:
+            rows = {key: found.get(Run(name, key, ratio).name) for key in ALGORITHMS}
+            if not any(rows.values()):
+                continue
+            scores = {key: of_seeds(row) for key, row in rows.items() if row}
+            best = max(scores, key=lambda key: float(scores[key].mean()))
+            cells = []
+            for key in ALGORITHMS:
+                text = f"{scores[key].mean():.1f} ± {scores[key].std(ddof=1):.1f}" if key in scores else "–"
+                cells.append(f"**{text}**" if key == best else text)
+            whole = len(scores) == len(ALGORITHMS)
+            if whole and best == "cde":
+                ahead[ratio].append(name)
+            used = next(row["episodes_used"] for row in rows.values() if row)
+            verdict = ("yes" if best == "cde" else "no") if whole else "–"
+            lines.append(f"| {name} | {100 * ratio:g} % | {used} | {' | '.join(cells)} | {verdict} |")
+    lines += ["", "CDE is ahead of all five"]
+    lines[-1] += " and ".join(f" on {len(names)} of {len(MAZES)} mazes at {100 * r:g} %" for r, names in ahead.items())
+    lines[-1] += " of the data."
+    lines += ["", "| maze | data set, sha256 | score 0 | score 100 |", "|---|---|--:|--:|"]
+    for name in MAZES:
+        digests = sorted({row["plan"]["data_sha256"] for row in found.values() if row["plan"]["task"] == name})
+        low, high = task(name).return_range
+        lines.append(f"| {name} | {', '.join(f'`{digest}`' for digest in digests) or '–'} | {low:g} | {high:g} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_page(results: Path) -> None:
+    """Puts the tables between the page's two marks, and leaves what people wrote around them."""
+    before, after = "<!-- figures: benchmarks/cde_mazes.py table -->\n", "<!-- end of figures -->\n"
+    page = PAGE.read_text(encoding="utf-8")
+    head, rest = page.split(before)
+    PAGE.write_text(head + before + "\n" + table(results) + "\n" + after + rest.split(after)[1], encoding="utf-8")
+
+
+def run_all(wanted: list[Run], data: Path, scratch: Path, results: Path) -> None:
+    """Runs what has no result file yet, one after the other."""
+    todo = [run for run in wanted if not has_result(run, data / run.task / "dataset.hdf5", results)]
+    print(f"{len(wanted) - len(todo)} of {len(wanted)} runs have a result; {len(todo)} to do", flush=True)
+    for number, run in enumerate(todo, start=1):
+        try:
+            made = execute(run, data / run.task / "dataset.hdf5", scratch, results)
+        except Exception as error:  # one run that fails must not take the others with it
+            print(f"[{number}/{len(todo)}] {run.name}: FAILED: {error}", file=sys.stderr, flush=True)
+            continue
+        scores, seconds = of_seeds(made), made["training_seconds"]
+        each = ", ".join(f"{score:.1f}" for score in scores)
+        print(f"[{number}/{len(todo)}] {run.name}: {scores.mean():.1f} ({each}); {seconds}", flush=True)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    collector = commands.add_parser("collect", help="collect the planner's data sets")
+    refer = commands.add_parser("references", help="print the returns that score 0 and 100")
+    runner = commands.add_parser("run", help="train and evaluate what has no result file of its settings yet")
+    shower = commands.add_parser("table", help="write the page's tables from the result files")
+    for command in (collector, refer, runner):
+        command.add_argument("--task", action="append", choices=MAZES, help="only this one; may be given again")
+    for command in (collector, runner):
+        command.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
+    for command in (runner, shower):
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    runner.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="only this one; may be given again")
+    runner.add_argument("--ratio", action="append", type=float, help=f"default {', '.join(map(str, RATIOS))}")
+    runner.add_argument("--scratch", type=Path, default=SCRATCH, help="checkpoints")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    names = getattr(arguments, "task", None) or MAZES
+    if arguments.command == "collect":
+        for name in names:
+            path = mazes.collect(task(name), COLLECTED, COLLECT_SEED, arguments.data / name)
+            print(f"{path}: sha256 {file_digest(path)}", flush=True)
+    elif arguments.command == "references":
+        for name in names:
+            for kind, returns in mazes.references(task(name), COLLECTED, COLLECT_SEED).items():
+                print(f"{name}: {kind} {returns.mean():.3f} ± {returns.std():.1f} of {len(returns)}", flush=True)
+    elif arguments.command == "table":
+        write_page(arguments.results)
+    else:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        wanted = [
+            Run(name, key, ratio)
+            for name in names
+            for ratio in arguments.ratio or RATIOS
+            for key in arguments.algorithm or ALGORITHMS
+        ]
+        run_all(wanted, arguments.data, arguments.scratch, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,8 @@ import yaml
 from rl_sides import OURS, PEERS
 
 from springhead.jsonio import canonical, read_json, write_json
+from springhead.rl.dataset import Dataset, read_dsrl
+from springhead.rl.tasks import Task, task
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "benchmarks/offline_settings.yaml"
@@ -91,22 +93,22 @@ def osrl_jobs(chosen: Settings, files: dict[str, tuple[Path, str]], results: Pat
     jobs = []
     for limit in (middle, low, high):
         for seed in chosen["seeds"]:
-            for task in chosen["tasks"]:
+            for name in chosen["tasks"]:
                 for algorithm, parameters in chosen["osrl"].items():
                     every = algorithm == "cdt"
                     if every and limit != middle:
                         continue
-                    path, digest = files[task]
+                    path, digest = files[name]
                     job = {
-                        "algorithm": algorithm, "task": task, "seed": seed, "limit": ALL_LIMITS if every else limit,
+                        "algorithm": algorithm, "task": name, "seed": seed, "limit": ALL_LIMITS if every else limit,
                         "steps": chosen["steps"][algorithm], "episodes": chosen["episodes"],
                         "parameters": {**parameters, "episode_len": 200},
                         "targets": safe_returns(path, chosen["limits"]) if every else None,
                         "courses": chosen["osrl_courses"][algorithm], "data": str(path), "data_sha256": digest,
                         "workers": 0, "threads": 1,
                     }  # fmt: skip
-                    name = f"osrl-{task}-{algorithm}-{job['limit'] or 'all'}-{seed}"
-                    jobs.append({**job, "result": str(results / f"{name}.json")})
+                    stem = f"osrl-{name}-{algorithm}-{job['limit'] or 'all'}-{seed}"
+                    jobs.append({**job, "result": str(results / f"{stem}.json")})
     return jobs
 
 
@@ -172,11 +174,9 @@ def train_ours(
     import torch
 
     from springhead.progress import Progress
-    from springhead.rl.dataset import read_dsrl
     from springhead.rl.evaluation import Job, episode_seeds, run_jobs
     from springhead.rl.offline.training import train
     from springhead.rl.policy import save_model
-    from springhead.rl.tasks import task
 
     torch.set_num_threads(1)
     config = our_settings(chosen, mode, algorithm)
@@ -192,15 +192,15 @@ def train_ours(
         return
     scratch = arguments.data / "scratch" / name
     shutil.rmtree(scratch, ignore_errors=True)  # of other settings, maybe
-    of = task(task_name)
+    of, data = task(task_name), read_dsrl(path)
     started = time.perf_counter()
     with Progress(config.steps, name) as bar:
         trained = train(
-            algorithm, read_dsrl(path).episodes(), of, config, chosen["seeds"], scratch,
+            algorithm, data.episodes(), of, config, chosen["seeds"], scratch,
             lambda step, figures: bar.advance(step - bar.done),
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    probes = probe(algorithm, read_dsrl(path).episodes(), of, config, chosen["seeds"], scratch)
+    probes = probe(algorithm, data, of, config, chosen["seeds"], scratch)
     starts = episode_seeds(20261124, chosen["episodes"])
     for seed, model in zip(chosen["seeds"], trained, strict=True):
         folder = arguments.data / "models" / f"{name}-{seed}"
@@ -236,12 +236,36 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def probe(
-    algorithm: str, episodes: list[Any], of: Any, config: Any, seeds: list[int], scratch: Path
-) -> dict[int, dict[str, float]]:
+    algorithm: str, data: Dataset, of: Task, config: Any, seeds: list[int], scratch: Path
+) -> dict[int, dict[str, dict[str, float]]]:
     """CPQ's cost critic, by seed and limit: its mean for the data's actions and for uniform ones, as on OSRL's side."""
+    import torch
+
+    from springhead.rl.offline import checkpoint
+    from springhead.rl.offline.algorithms import entry
+    from springhead.rl.offline.batches import flatten
+    from springhead.rl.offline.training import members_of
+
     if algorithm != "cpq":
         return {}
-    raise NotImplementedError
+    found = entry(algorithm)
+    members = members_of(found, of, config, seeds)
+    made: Any = found.learner()(algorithm, flatten(data.episodes(), of), of, config, members)
+    state = checkpoint.latest(scratch)
+    assert state is not None
+    checkpoint.unpack(state.tensors, made)
+    generator = np.random.default_rng(0)
+    rows = generator.integers(len(data.rewards), size=4096)
+    actions = {"data": data.actions[rows], "uniform": generator.uniform(-1, 1, (4096, of.action_dim))}
+    probed: dict[int, dict[str, dict[str, float]]] = {seed: {} for seed in seeds}
+    for name, values in actions.items():
+        inputs = np.concatenate([data.observations[rows], values], axis=1).astype(np.float32)
+        with torch.no_grad():
+            costs = made.cost_critics(torch.from_numpy(inputs).expand(len(members), -1, -1))
+        worst = costs.amax(1) if config.cost_ensemble == "max" else costs.amin(1)
+        for member, value in zip(members, worst.mean(1).tolist(), strict=True):
+            probed[member.seed].setdefault(f"{member.cost_limit:g}", {})[f"cost_value_{name}"] = round(value, 4)
+    return probed
 
 
 def main() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from springhead.jsonio import read_json
+from springhead.rl.lagrangian import q_threshold
 from springhead.rl.tasks import task
 
 SIDES = ("osrl", "released", "intended")
-T_BOUND = 2.776
-"""Two-sided 5 % bound of Student's t with 4 degrees of freedom: two sides of three seeds each."""
+T_BOUNDS = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306}
+"""Two-sided 5 % bounds of Student's t by degrees of freedom: seeds of both sides less two."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Cell:
         if self.safe != other.safe:
             return self.safe
         if self.safe:
-            return t_value(self.returns, other.returns) > -T_BOUND
-        return t_value(self.costs, other.costs) < T_BOUND
+            return t_value(self.returns, other.returns) > -bound(self, other)
+        return t_value(self.costs, other.costs) < bound(self, other)
+
+
+def bound(a: Cell, b: Cell) -> float:
+    """Up to what size of Student's t two cells are not told apart."""
+    return T_BOUNDS[len(a.returns) + len(b.returns) - 2]
 
 
 def spread(values: list[float]) -> float:
@@ -85,9 +91,11 @@ def tables(folder: Path, settings: dict[str, Any]) -> str:
                 osrl, released, intended = (found.get((name, algorithm, limit, side)) for side in SIDES)
                 parts = [algorithm, f"{limit:g}", osrl.text() if osrl else "– | –"]
                 parts.append(released.text() if released else "– | –")
+                if osrl and len(osrl.returns) < len(settings["seeds"]):
+                    osrl = None  # nothing to judge by yet
                 if osrl and released:
                     t = [t_value(a, b) for a, b in ((released.returns, osrl.returns), (released.costs, osrl.costs))]
-                    agrees = max(map(abs, t)) < T_BOUND
+                    agrees = max(map(abs, t)) < bound(osrl, released)
                     parts.append(f"{t[0]:+.1f} | {t[1]:+.1f} | {_mark(agrees, counts['agrees'])}")
                 else:
                     parts.append("– | – | –")
@@ -106,5 +114,54 @@ def _mark(holds: bool, count: list[int]) -> str:
 
 
 def constraints(results: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
-    """Whether the constraints of CPQ and COptiDICE bind: what holds the cost down, at the middle limit."""
-    return []
+    """Whether the constraints of CPQ and COptiDICE bind: what holds the cost down, under each limit."""
+    lines = [
+        "### The constraints of COptiDICE and CPQ", "",
+        "| algorithm | task | limit | side | multiplier: first | last | constrained cost, last | its threshold "
+        "| cost critic: data's actions | uniform actions |",
+        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    rows: dict[tuple[str, str, float, str], list[list[float]]] = {}
+    for result in results:
+        if result["algorithm"] in ("coptidice", "cpq"):
+            for limit, values in _constraint(result):
+                rows.setdefault((result["algorithm"], result["task"], limit, result["side"]), []).append(values)
+    order = sorted(rows, key=lambda key: (*key[:3], SIDES.index(key[3])))
+    for key in order:
+        means = [statistics.mean(column) for column in zip(*rows[key], strict=True)]
+        values = ["–" if value != value else f"{value:.3g}" for value in means]
+        algorithm, name, limit, side = key
+        lines.append(f"| {algorithm} | {name} | {limit:g} | {side} | {' | '.join(values)} |")
+    return lines
+
+
+def _constraint(result: dict[str, Any]) -> list[tuple[float, list[float]]]:
+    """By limit: first and last multiplier, what is constrained and its threshold, the probes of CPQ's cost critic."""
+    of, courses, nan = task(result["task"]), result["courses"], float("nan")
+    found = []
+    for one in result["evaluations"]:
+        limit = one["limit"]
+        probe = result["probe"] if result["side"] == "osrl" else result["probe"].get(f"{limit:g}", {})
+        values = [probe.get(f"cost_value_{key}", nan) for key in ("data", "uniform")]
+        sum_threshold = q_threshold(limit, of.horizon, 0.99)
+        if result["algorithm"] == "cpq":
+            multiplier = _course(courses, "alpha_value" if result["side"] == "osrl" else f"alpha-limit-{limit:g}")
+            found.append((limit, [*_ends(multiplier), nan, sum_threshold, *values]))
+            continue
+        if result["side"] == "osrl":  # its loss is multiplier x (threshold - cost)
+            multiplier, loss = _course(courses, "lmbda"), _course(courses, "lmbda_loss")
+            cost = sum_threshold - statistics.mean(a / b for a, b in zip(loss[-5:], multiplier[-5:], strict=True))
+        else:
+            multiplier = _course(courses, f"lambda-limit-{limit:g}")
+            cost = statistics.mean(_course(courses, f"cost-limit-{limit:g}")[-5:])
+        threshold = limit / of.horizon if result["side"] == "intended" else sum_threshold
+        found.append((limit, [*_ends(multiplier), cost, threshold, *values]))
+    return found
+
+
+def _course(courses: dict[str, list[list[float]]], name: str) -> list[float]:
+    return [value for _, value in courses[name]]
+
+
+def _ends(course: list[float]) -> list[float]:
+    return [course[0], course[-1]]

@@ -37,7 +37,9 @@ from rl_sides import serve  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 Job = dict[str, Any]
-CLASSES = {"bc-safe": "BC", "bcq-lag": "BCQL", "bear-lag": "BEARL", "cpq": "CPQ", "coptidice": "COptiDICE", "cdt": "CDT"}
+CLASSES = {
+    "bc-safe": "BC", "bcq-lag": "BCQL", "bear-lag": "BEARL", "cpq": "CPQ", "coptidice": "COptiDICE", "cdt": "CDT",
+}  # fmt: skip
 RATES = ("actor_lr", "critic_lr", "vae_lr", "alpha_lr", "scalar_lr")
 OF_CDT_TRAINER = (
     "learning_rate", "weight_decay", "betas", "clip_grad", "lr_warmup_steps", "loss_cost_weight", "loss_state_weight",
@@ -232,11 +234,10 @@ def speed(jobs: str) -> None:
 
 
 def _updates(update: Callable[[], None], at_most: int, seconds: float) -> int:
-    end = time.perf_counter() + seconds
-    for number in range(1, at_most + 1):
+    end, number = time.perf_counter() + seconds, 0
+    while number < at_most and time.perf_counter() < end:
         update()
-        if time.perf_counter() >= end:
-            break
+        number += 1
     return number
 
 

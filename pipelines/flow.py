@@ -28,7 +28,7 @@ from pipelines.execution import Executor, Outcome, StageFailed
 from pipelines.finish import Conclusion, conclude, raise_if_red
 from pipelines.graph import Node
 from pipelines.scheduler import Finished, Submit
-from pipelines.session import Request, Session, exclusive, identity
+from pipelines.session import Request, Session, check_targets, exclusive, identity
 from springhead import output
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
@@ -80,6 +80,7 @@ def pipeline(
     if not 1 <= count <= _MOST_WORKERS:
         raise BadInput(f"--workers {count}: expected a number from 1 to {_MOST_WORKERS}")
     request = Request(count, profile, tuple(target or ()), tuple(settings or ()))
+    check_targets(root, home, request)
     flow_run = str(runtime.flow_run.id or "")
     say = partial(_say, logger)
     with exclusive(root, home, wait, say), _server_ends_with_us():

@@ -83,16 +83,7 @@ class Graph:
         Raises:
             BadInput: naming the target that is no stage, with the closest names.
         """
-        wanted: set[str] = set()
-        for target in targets:
-            found = {n for n in self.stages if target in (n, self.nodes[n].group)}
-            if not found:
-                names = sorted({*self.stages, *(self.nodes[n].group for n in self.stages)})
-                close = difflib.get_close_matches(target, names, n=3, cutoff=0.4)
-                hint = f"did you mean {', '.join(close)}?" if close else "see `dvc stage list`"
-                raise BadInput(f"dvc.yaml: no stage '{target}'; {hint}")
-            wanted |= found
-        needed = self.ancestors(wanted)
+        needed = self.ancestors(named(targets, self.stages))
         return Graph({name: node for name, node in self.nodes.items() if name in needed})
 
     def urgency(self, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -110,6 +101,30 @@ class Graph:
                 if above in longest:
                     longest[above] = max(longest[above], longest[name])
         return longest
+
+
+def named(targets: Iterable[str], stages: Iterable[str]) -> set[str]:
+    """Returns the stages that targets name.
+
+    Args:
+        targets: stage names; a name without ``@item`` means all items of that stage.
+        stages: names of all stages.
+
+    Raises:
+        BadInput: naming the target that is no stage, with the closest names.
+    """
+    groups: dict[str, set[str]] = {}
+    for name in stages:
+        groups.setdefault(name, set()).add(name)
+        groups.setdefault(name.partition("@")[0], set()).add(name)
+    wanted: set[str] = set()
+    for target in targets:
+        if target not in groups:
+            close = difflib.get_close_matches(target, sorted(groups), n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(close)}?" if close else "see `dvc stage list`"
+            raise BadInput(f"dvc.yaml: no stage '{target}'; {hint}")
+        wanted |= groups[target]
+    return wanted
 
 
 @contextlib.contextmanager

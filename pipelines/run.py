@@ -95,7 +95,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pipelines.session import Request, exclusive, nothing_to_do
+    from pipelines.session import Request, check_targets, exclusive, nothing_to_do
 
     if arguments.workers is not None and arguments.workers < 1:
         raise BadInput(f"--workers {arguments.workers}: expected 1 or more")
@@ -104,6 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     os.chdir(root)
     targets, settings = tuple(arguments.target or ()), tuple(arguments.settings or ())
     request = Request(arguments.workers or 1, arguments.profile, targets, settings)
+    check_targets(root, home, request)
     with exclusive(root, home, arguments.wait):
         done = nothing_to_do(root, request)  # finds wrong arguments too, before Prefect takes its time
         if done is not None:

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any
 
 from pipelines import worktrees
 from pipelines.execution import Executor, Outcome
-from pipelines.graph import Graph, Node, changed, read_graph, repository, settled
+from pipelines.graph import Graph, Node, changed, named, read_graph, repository, settled
 from pipelines.scheduler import Schedule, Submit
+from springhead.declared import read_stages
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
 from springhead.lineage.dvcfiles import broken_run_cache, remove_run_cache
@@ -123,6 +125,30 @@ def visible_gpus() -> list[str]:
         return []
     asked = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
     return asked.stdout.split() if asked.returncode == 0 else []
+
+
+def check_targets(root: Path, home: Path, request: Request) -> None:
+    """Makes sure that targets are stages, before the long way to the graph is begun.
+
+    Names depend on the parameters, over which stages repeat. Where those are not the checkout's, DVC is asked in a
+    folder that holds its file and the parameters, and nothing else.
+
+    Raises:
+        BadInput: naming the target that is no stage, with the closest names, or what is wrong with the other arguments.
+    """
+    if not request.targets:
+        return
+    params = worktrees.overlaid_params(root, request.profile, request.settings)
+    if params is None:
+        named(request.targets, read_stages(root, home / "declared"))
+        return
+    with tempfile.TemporaryDirectory(prefix="springhead-") as folder:
+        place = Path(folder).resolve()
+        (place / ".dvc").mkdir()
+        (place / ".dvc" / "config").write_text("[core]\nno_scm = true\nanalytics = false\n", encoding="utf-8")
+        shutil.copyfile(root / "dvc.yaml", place / "dvc.yaml")
+        (place / "params.yaml").write_bytes(params)
+        named(request.targets, read_stages(place, home / "declared"))
 
 
 def nothing_to_do(root: Path, request: Request) -> Result | None:

@@ -11,7 +11,7 @@ from pipelines.execution import Executor, Outcome, StageFailed
 from pipelines.finish import conclude, raise_if_red
 from pipelines.graph import Node, changed
 from pipelines.scheduler import Finished, Submit
-from pipelines.session import Request, Result, Session, exclusive, last_seconds, nothing_to_do
+from pipelines.session import Request, Result, Session, check_targets, exclusive, last_seconds, nothing_to_do
 from springhead.errors import BadInput, Finding
 from springhead.lineage.ledger import Ledger
 from tests.conftest import Project
@@ -77,6 +77,23 @@ def test_a_run_ends_with_the_same_lock_and_data_as_dvc_repro(light: Light, built
     again = nothing_to_do(light.root, run.request)
     assert again is not None
     assert set(states(again).values()) == {"up to date"}
+
+
+def test_targets_are_looked_up_under_the_parameters_of_the_run(light: Light) -> None:
+    def check(*targets: str, **request: object) -> None:
+        check_targets(light.root, light.home, Request(1, targets=targets, **request))  # type: ignore[arg-type]
+
+    check()
+    check("a-make", "b-check", "a-make@y")
+    with pytest.raises(BadInput, match="no stage 'a-mak@x'; did you mean a-make@x, a-make"):
+        check("b-check", "a-mak@x")
+    other = ("a.tasks=[x, z]",)
+    check("a-make@z", settings=other)
+    with pytest.raises(BadInput, match="no stage 'a-make@y'; did you mean a-make"):
+        check("a-make@y", settings=other)
+    with pytest.raises(BadInput, match="no such profile"):
+        check("a-make", profile="papper")
+    assert not (light.home / "worktrees").exists()
 
 
 def test_only_what_an_edit_touches_runs_again(built: Light) -> None:

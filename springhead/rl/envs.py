@@ -53,6 +53,7 @@ _CLASSES = {
     "safety-gymnasium": "springhead.rl.simulators.safety_gymnasium:SafetyGymnasiumEnv",
     "metadrive": "springhead.rl.simulators.metadrive:MetaDriveEnv",
     "gymnasium-robotics": "springhead.rl.simulators.point_maze:PointMazeEnv",
+    "sparse": "springhead.rl.simulators.sparse:SparseEnv",
     "custom": "springhead.rl.simulators.custom:CustomEnv",
 }
 """The environment class of each family; gymnasium imports it when the first task of the family is made."""

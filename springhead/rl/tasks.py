@@ -37,7 +37,8 @@ class Task:
     Attributes:
         name: Our name, for instance ``BallCircle``; also the data directory and the Minari name.
         family: The simulator the task comes from.
-        env_id: The base environment by its simulator's name, for instance ``SafetyBallCircle-v0``.
+        env_id: The base environment by its simulator's name, for instance ``SafetyBallCircle-v0``. Sparse tasks: the
+            task whose robot it is.
         observation_dim: Length of one observation.
         action_dim: Length of one action; every action component lies in [-1, 1].
         horizon: Steps after which an episode is truncated.
@@ -53,11 +54,11 @@ class Task:
         data_file: The published data set's file name; empty if there is none.
         cost_key: Custom tasks only: the key of the step's info that holds the cost.
         options: Custom tasks: keyword arguments of ``gymnasium.make``. Mazes: ``goal_cell``, the row and column of the
-            goal.
+            goal. Sparse tasks: ``threshold``, the return after which steps are paid.
     """
 
     name: str
-    family: Literal["bullet-safety-gym", "safety-gymnasium", "metadrive", "gymnasium-robotics", "custom"]
+    family: Literal["bullet-safety-gym", "safety-gymnasium", "metadrive", "gymnasium-robotics", "sparse", "custom"]
     env_id: str
     observation_dim: int
     action_dim: int

@@ -1,6 +1,7 @@
 """The mazes against the package's own simulation and numbers by hand; the planner; data sets it collects."""
 
 import tempfile
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import file_digest
-from springhead.rl import conduct, importers, mazes
+from springhead.rl import conduct, importers, mazes, task_table
 from springhead.rl.dsrl_file import read_dsrl
 from springhead.rl.envs import make, record, run_episodes
 from springhead.rl.mazes import Planner, PlannerSettings, collect, next_cells
@@ -177,6 +178,11 @@ def test_scores_span_random_actions_and_the_planner():
         low, high = task(name).return_range
         assert 0 < low < 0.15 * task(name).horizon
         assert 0.6 * task(name).horizon < high < task(name).horizon
+
+
+def test_the_page_shows_the_catalogue():
+    page = (Path(__file__).parents[2] / "docs/methods/mazes.md").read_text(encoding="utf-8")
+    assert "\n".join(task_table.markdown_lines("gymnasium-robotics")) in page
 
 
 def test_a_maze_is_drawn():

@@ -62,7 +62,12 @@ class MLP(nn.Module):
         if self.ensemble > 1:
             rows = rows.unsqueeze(1).expand(-1, self.ensemble, -1, -1).flatten(0, 1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            rows = torch.baddbmm(*((bias.detach(), rows, weight.detach()) if frozen else (bias, rows, weight)))
+            if frozen:
+                weight, bias = weight.detach(), bias.detach()
+            if weight.shape[-1] == 1:  # batched products are slow where there is one column, several times on CPUs
+                rows = torch.linalg.vecdot(rows, weight.mT).unsqueeze(-1) + bias
+            else:
+                rows = torch.baddbmm(bias, rows, weight)
             # In place: neither the product nor the activation needs its own input for the gradient.
             if layer < last:
                 rows = rows.relu_() if self.activation == "relu" else rows.tanh_()

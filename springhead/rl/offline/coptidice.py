@@ -14,7 +14,8 @@ w = (f')^-1(e / alpha), the soft chi-square f, p0 the first observations and D t
 nu and chi are the smaller of two networks, lambda and tau softplus of a parameter. Deviations, with reasons in
 ``docs/methods/coptidice.md``; where OSRL's code does something else, a setting brings that back:
   1. The threshold is on the scale of C, a mean per step (``threshold``). OSRL's is a discounted sum, which never binds.
-  2. The likelihood is that of the squashed Gaussian whose tanh mean acts (``likelihood``).
+  2. The likelihood is that of a Gaussian around the action that acts, tanh of the mean (``likelihood``). A squashed
+     one has no finite mean where data lie on the bounds, and clipped actions do: a third of them in BallCircle.
   3. Episodes cut by the horizon go on in nu and chi (``timeouts``).
   4. First observations are a batch of their own, paired with the transitions as in the paper (``initial``).
   5. chi's loss has no gradient through its softmax weights, as the exact slope demands (``chi_slope``).
@@ -69,8 +70,9 @@ class COptiDICESettings(Settings):
     """Of Adam, for the parameters of lambda and tau."""
     threshold: Literal["visitation", "released"] = "visitation"
     """What the mean cost of a step may be: the limit spread over the horizon, or the discounted sum of OSRL."""
-    likelihood: Literal["squashed", "released"] = "squashed"
-    """Of the actions: under the squashed Gaussian, or under the Gaussian before tanh as in OSRL."""
+    likelihood: Literal["bounded", "squashed", "released"] = "bounded"
+    """Of the actions: under a Gaussian around tanh of the mean, under the squashed Gaussian, or under the Gaussian
+    before tanh as in OSRL."""
     timeouts: Literal["bootstrap", "terminal"] = "bootstrap"
     """Whether a state after the horizon has a value, or none as in OSRL."""
     initial: Literal["drawn", "marked"] = "drawn"
@@ -199,11 +201,12 @@ class COptiDICE:
         noise = self.generators["noise"].normal(batch.rewards.shape[1], len(self.noise)) * self.noise
         moved, shaken = noise.split([self.task.observation_dim, self.task.action_dim], dim=-1)
         observations, actions = batch.observations + moved, batch.actions + shaken
-        if self.settings.likelihood == "released":
-            mean, log_std = self.actor(observations)
-            likelihood = normal_log_prob(actions, mean, log_std).sum(-1)
-        else:
+        if self.settings.likelihood == "squashed":
             likelihood = self.actor.log_prob(observations, actions)
+        else:
+            mean, log_std = self.actor(observations)
+            mean = mean.tanh() if self.settings.likelihood == "bounded" else mean
+            likelihood = normal_log_prob(actions, mean, log_std).sum(-1)
         return -(ratios * likelihood).mean(-1)
 
     def weights(self, member: int) -> dict[str, torch.Tensor]:

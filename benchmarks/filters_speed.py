@@ -3,14 +3,17 @@
     python benchmarks/filters_speed.py                       # 5,000 episodes of 200 steps
     python benchmarks/filters_speed.py --episodes 500 --turns 2   # a quick look
 
-Both sides get the same arrays in memory and give new arrays, in processes of their own on one core, in turns.
-``pre_process_data`` draws a scatter plot at its end, which is part of what its users wait for; the third side is the
-same with Matplotlib's functions replaced by nothing. With ``released: true`` our filters must give ``dsrl``'s arrays,
-which is checked for each filter.
+All sides get the same arrays in memory, in processes of their own, in turns. ``pre_process_data`` gives new arrays and
+draws a scatter plot at its end, which is part of what its users wait for; another side is the same with Matplotlib's
+functions replaced by nothing. Ours is measured twice: until the episodes that are left are known, where they lie, which
+is all that writing them to a file needs (*in place*), and until they are laid end to end in new arrays as ``dsrl``'s
+are. ``dsrl`` has one thread; ours has one side on one core, by processor time, and one on all cores, by wall time. With
+``released: true`` our filters must give ``dsrl``'s arrays, which is checked for each filter.
 """
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rl_sides import OURS, Side, machine, paired_ratio, serve
+from rl_sides import OURS, Side, machine, serve
 
 HERE = Path(__file__).resolve()
 CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
@@ -83,8 +86,10 @@ def ours(path: str, released: str) -> None:
         settings = load(Settings, {"steps": steps, "released": released == "released"}, "benchmark")
         start, cpu = time.perf_counter(), time.process_time()
         data = Dataset(**arrays, starts=starts, ends=ends)  # sums of its episodes are not known yet
-        left = apply(data, settings, task("BallCircle"), 0).dataset
-        took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+        found = apply(data, settings, task("BallCircle"), 0)
+        took = {"in_place": time.perf_counter() - start, "in_place_cpu": time.process_time() - cpu}
+        left = found.dataset
+        took |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         if "save" in request:
             np.savez(request["save"], **{key: getattr(left, key) for key in KEYS})
         return {"steps": len(data.rewards), "left": len(left.rewards), **took}
@@ -133,6 +138,12 @@ def same(a: Path, b: Path) -> bool:
         return all(np.array_equal(one[key], two[key]) for key in KEYS)
 
 
+def ratio(ours_side: Side, ours_key: str, theirs_side: Side, theirs_key: str) -> str:
+    """How many times longer theirs takes, turn by turn: median (lowest, highest)."""
+    turns = [b[theirs_key] / a[ours_key] for a, b in zip(ours_side.runs, theirs_side.runs, strict=True)]
+    return f"{statistics.median(turns):.0f} ({min(turns):.0f}, {max(turns):.0f})"
+
+
 def main() -> None:
     """Compares every filter, alone and in a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,40 +151,51 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     options = parser.parse_args()
     start = time.perf_counter()
-    core = sorted(os.sched_getaffinity(0))[:1]
-    print(machine(core, ("numpy", "dsrl", "matplotlib")))
+    cores = sorted(os.sched_getaffinity(0))
+    print(machine(cores, ("numpy", "dsrl", "matplotlib")))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         path = place / "arrays.npz"
         write_arrays(path, options.episodes)
-        sides = [
-            Side("ours", OURS, [HERE, "ours", path, "intended"], core),
-            Side("ours, released: true", OURS, [HERE, "ours", path, "released"], core),
-            Side("dsrl", OURS, [HERE, "theirs", path, "plot", folder], core),
-            Side("dsrl without its plot", OURS, [HERE, "theirs", path, "none", folder], core),
-        ]
-        print(f"\n{options.episodes * 200:,} transitions, {options.turns} turns; milliseconds of processor time (both")
-        print("sides have one thread; on an idle machine wall time is the same), medians\n")
-        print("| filter | ours | ours, `released` | dsrl | without its plot | dsrl / ours | lowest, highest | ", end="")
-        print("without its plot / ours | left: ours, dsrl | `released` gives dsrl's arrays |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
+        one = cores[:1]
+        wide = Side(f"ours, {len(cores)} cores", OURS, [HERE, "ours", path, "intended"], cores)
+        narrow = Side("ours, one core", OURS, [HERE, "ours", path, "intended"], one)
+        released = Side("ours, released: true", OURS, [HERE, "ours", path, "released"], one)
+        dsrl = Side("dsrl", OURS, [HERE, "theirs", path, "plot", folder], one)
+        bare = Side("dsrl without its plot", OURS, [HERE, "theirs", path, "none", folder], one)
+        sides = [wide, narrow, released, dsrl, bare]
+        print(f"\n{options.episodes * 200:,} transitions, {options.turns} turns; medians, milliseconds: wall time on")
+        print(f"{len(cores)} cores, processor time on one. Ratios: median (lowest, highest turn)\n")
+        print("| filter | one core: in place | new arrays | `released` | dsrl | without its plot | ", end="")
+        print(f"{len(cores)} cores: in place | new arrays |\n|{'---|' * 8}")
+        second = []
         for case in CASES:
             saved = [place / "ours.npz", place / "dsrl.npz"]
-            sides[1].ask(keep=False, case=case, save=str(saved[0]))
-            sides[2].ask(keep=False, case=case, save=str(saved[1]))
+            released.ask(keep=False, case=case, save=str(saved[0]))
+            dsrl.ask(keep=False, case=case, save=str(saved[1]))
             equal = same(*saved)
-            for side in (sides[0], sides[3]):
+            for side in (wide, narrow, bare):
                 side.ask(keep=False, case=case)
             for side in sides:
                 side.runs.clear()
             for _ in range(options.turns):
                 for side in sides:
                     side.ask(case=case)
-            times = " | ".join(f"{side.median('cpu') * 1e3:.1f}" for side in sides)
-            ratio, bare = paired_ratio(sides[0], sides[2], "cpu"), paired_ratio(sides[0], sides[3], "cpu")
-            left = ", ".join(f"{int(sides[k].median('left')):,}" for k in (0, 2))
-            print(f"| {case} | {times} | {ratio[0]:.0f} | {ratio[1]:.0f}, {ratio[2]:.0f} | {bare[0]:.0f} | {left} | "
-                  f"{'yes' if equal else 'NO'} |", flush=True)  # fmt: skip
+            times = [(narrow, "in_place_cpu"), (narrow, "cpu"), *((side, "cpu") for side in sides[2:])]
+            times += [(wide, "in_place"), (wide, "seconds")]
+            print(
+                "| " + " | ".join([case, *(f"{side.median(key) * 1e3:.1f}" for side, key in times)]) + " |", flush=True
+            )
+            pairs = [(narrow, "in_place_cpu", dsrl, "cpu"), (narrow, "cpu", dsrl, "cpu"), (narrow, "cpu", bare, "cpu")]
+            pairs += [(wide, key, dsrl, "seconds") for key in ("in_place", "seconds")]
+            left = ", ".join(f"{int(side.median('left')):,}" for side in (narrow, dsrl))
+            second.append([case, *(ratio(*pair) for pair in pairs), left, "yes" if equal else "NO"])
+        print("\n| filter | dsrl / ours, one core: in place | new arrays | without its plot / ours | ", end="")
+        print(
+            f"{len(cores)} cores: in place | new arrays | steps left: ours, dsrl | `released` is dsrl's |\n|{'---|' * 8}"
+        )
+        for cells in second:
+            print("| " + " | ".join(cells) + " |")
         print("\n| side | peak RSS, MB | PSS, MB |\n|---|---|---|")
         for side in sides:
             print(f"| {side.name} | {side.memory()} |")

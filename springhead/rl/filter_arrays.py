@@ -147,7 +147,8 @@ def _moments(observations: Array) -> tuple[int, float, float]:
     entries = observations.reshape(-1).astype(np.float64)
     mean = float(entries.mean())
     entries -= mean
-    return len(entries), mean, float(entries @ entries)
+    np.multiply(entries, entries, out=entries)  # not a dot product, whose last bits depend on the threads of BLAS
+    return len(entries), mean, float(entries.sum())
 
 
 def _deviation(parts: Sequence[tuple[int, float, float]]) -> float:

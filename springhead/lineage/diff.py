@@ -4,20 +4,16 @@ Rows are matched by id, which is the digest of their content. The tables are rea
 DuckDB, from the workspace or from DVC's cache, so revisions of ten million rows need no checkout.
 """
 
-import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from springhead.declared import is_data
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
-from springhead.lineage import query
-from springhead.lineage.graph import Model, step_of
-from springhead.lineage.history import Commit, State, find_receipt
-from springhead.lineage.rows import DECISIONS, ROWS, plain
+from springhead.lineage.receiptdiff import changes
+from springhead.lineage.rows import ROWS, plain
+from springhead.lineage.sides import Side, side
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -28,141 +24,6 @@ _PRODUCER = ("policy", "algorithm", "cost_limit", "generator", "method", "operat
 _NO_QUANTITY = ("id", "index", "seed")  # names and places, which have no distribution worth a look
 _MOST_VALUES = 50
 _DIGITS = 12  # of a figure: sums of floats depend on the order of threads beyond them
-_HEX = re.compile(r"[0-9a-fA-F]{8,64}")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two data sets."""
-
-    name: str
-    """``a`` or ``b``: also the name of its view in the database."""
-    ref: str
-    """What the user typed."""
-    state: State
-    path: str
-    """The data set, relative to the repository root."""
-    stage: str
-    """The stage that made it."""
-    table: str
-    """Its row table, relative to the repository root."""
-    conditions: Mapping[str, str]
-    """Values of columns that choose the data set's rows in the table."""
-
-    @property
-    def decisions(self) -> str | None:
-        """The table of the filter stage that made the data set, or None if none did."""
-        path = f"{self.table.rpartition('/')[0]}/{DECISIONS}"
-        return path if self.state.graph.digest(path) else None
-
-
-# -- which data set is meant ----------------------------------------------------------------------
-
-
-def side(root: Path, name: str, ref: str) -> Side:
-    """Finds the data set that a reference means.
-
-    Known forms: ``REVISION:PATH``, and everything that ``springhead lineage`` takes. A model stands
-    for the data it was trained on. A digest or registered version that the workspace does not have
-    is looked up in the commits that changed ``dvc.lock``.
-
-    Raises:
-        BadInput: if nothing, or no data set with a row table, is meant, or its rows are not here.
-    """
-    if not ref.strip():
-        raise BadInput("an empty reference; give REVISION:PATH, a path below data/, a digest or a model")
-    revision, colon, path = ref.partition(":")
-    if colon and revision not in ("models", "row") and not (root / ref).exists():
-        state: State = Commit(root, revision)
-        subject = _in_commit(state, path.strip("/"), ref)
-    else:
-        state, subject = _anywhere(root, ref)
-    if subject.kind == "row":
-        raise BadInput(f"{ref}: is a row; ask `springhead lineage {ref}`")
-    return _rows_of(root, name, ref, state, subject)
-
-
-def _in_commit(state: State, path: str, ref: str) -> query.Subject:
-    assert isinstance(state, Commit)
-    if not state.has(path):
-        raise BadInput(
-            f"{ref}: dvc.lock of {state.label} names nothing at '{path}'; `git show {ref.partition(':')[0]}:dvc.lock`"
-        )
-    models = [m for m in state.graph.models if m.path == path or m.path.startswith(path + "/")]
-    if len(models) == 1:
-        return query.Subject("model", models[0].path, models[0].sha256, models[0])
-    return query.Subject("artefact", path, state.graph.digest(path) or "")
-
-
-def _anywhere(root: Path, ref: str) -> tuple[State, query.Subject]:
-    """Finds a reference in the workspace, or by its digest in the history."""
-    here = State(root)
-    try:
-        subject = query.find(root, here.graph, ref)
-        if subject.kind != "row" or ref.startswith("row:"):
-            return here, subject
-        digest = subject.name
-    except BadInput:
-        digest = _digest(root, ref)
-        if not digest:
-            raise
-    found = find_receipt(root, digest)
-    if found is None:
-        raise BadInput(f"{ref}: no data set or model with this digest, neither here nor in the history of dvc.lock")
-    return found[0], query.find(root, found[0].graph, digest)
-
-
-def _digest(root: Path, ref: str) -> str:
-    """Returns the digest of a registered version, or nothing for other references."""
-    if not re.fullmatch(r"(models:/)?[\w.-]+(@[\w.-]+|/\d+)", ref) or (root / ref).exists():
-        return ""
-    from springhead import registry
-
-    return registry.resolve(state_folder(root), ref).digest
-
-
-def _rows_of(root: Path, name: str, ref: str, state: State, subject: query.Subject) -> Side:
-    """Returns the rows of a data set, of a stage's output, or of a model's training data."""
-    path, conditions = subject.name, {}
-    if subject.model is not None:
-        data = _training_data(subject.model, state, ref)
-        path = str(data["path"])
-        if state.graph.digest(path) not in (None, data["sha256"]):  # it was made again since
-            found = find_receipt(root, str(data["sha256"]))
-            if found is None:
-                raise BadInput(
-                    f"{ref}: was trained on {path} with the digest {data['sha256'][:12]}, which is neither here nor "
-                    "in the history of dvc.lock"
-                )
-            state = found[0]
-        method = subject.model.facts.get("method")
-        conditions = {"method": method} if isinstance(method, str) else {}
-    elif subject.kind == "stage":
-        outputs = [o for o in state.graph.receipts[subject.name]["outputs"] if state.graph.digest(f"{o}/{ROWS}")]
-        path = outputs[0] if outputs else path
-    for folder in (path, path.rpartition("/")[0]):
-        if state.graph.digest(f"{folder}/{ROWS}"):
-            file = path.rpartition("/")[2]
-            if folder != path and file.endswith((".jsonl", ".hdf5")):
-                conditions["file"] = file  # one table may cover several files
-            stage = state.graph.maker(folder) or ""
-            return Side(name, ref, state, path, stage, f"{folder}/{ROWS}", conditions)
-    if isinstance(state, Commit) and not state.graph.makers(path):
-        raise BadInput(
-            f"{ref}: the receipt of the stage that made {path} is not in DVC's cache; run `dvc fetch --all-commits`, "
-            f"or `git checkout {state.commit[:12]}` and `dvc pull`"
-        )
-    raise BadInput(f"{ref}: {path} has no row table ({ROWS}); only data sets can be compared")
-
-
-def _training_data(model: Model, state: State, ref: str) -> Mapping[str, Any]:
-    found = [d for d in state.graph.receipts[model.stage]["datasets"] if d["role"] == "training"]
-    if len(found) != 1:
-        raise BadInput(f"{ref}: the model {model.path} was trained on {len(found)} data sets; name one by its path")
-    return dict(found[0])
-
-
-# -- the comparison -------------------------------------------------------------------------------
 
 
 def diff(root: Path, a: str, b: str) -> dict[str, Any]:
@@ -170,7 +31,7 @@ def diff(root: Path, a: str, b: str) -> dict[str, Any]:
 
     Args:
         root: the repository root.
-        a: a reference, see :func:`side`.
+        a: a reference, see :func:`springhead.lineage.sides.side`.
         b: another one.
 
     Returns:
@@ -474,76 +335,3 @@ class _Comparison:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{_DIGITS}g}")
-
-
-# -- the receipts ---------------------------------------------------------------------------------
-
-
-def changes(a: Side, b: Side) -> list[dict[str, Any]]:
-    """Returns what differs between the receipts of the stages behind two data sets, makers first.
-
-    Stages are matched by name; one that is alone with its step on both sides (``rl-filter@X`` and
-    ``rl-filter@Y``) is matched too. Only pairs that differ are part of the answer.
-    """
-    found = []
-    for one, two in _pairs(a, b):
-        before = a.state.graph.receipts.get(one or "")
-        after = b.state.graph.receipts.get(two or "")
-        entry: dict[str, Any] = {"a": one, "b": two}
-        if before is None or after is None:
-            found.append(entry | {"changes": []})
-        elif before != after and (listed := list(_changes(before, after))):
-            found.append(entry | {"changes": listed})
-    return found
-
-
-def _pairs(a: Side, b: Side) -> list[tuple[str | None, str | None]]:
-    first, second = (one.state.graph.upstream(one.stage) for one in (a, b))
-    alone_a, alone_b = [s for s in first if s not in second], [s for s in second if s not in first]
-    pairs: list[tuple[str | None, str | None]] = []
-    for stage in first:
-        if stage in second:
-            pairs.append((stage, stage))
-            continue
-        same = [s for s in alone_b if step_of(s) == step_of(stage)]
-        single = len(same) == 1 and sum(step_of(s) == step_of(stage) for s in alone_a) == 1
-        pairs.append((stage, same[0] if single else None))
-    matched = {two for _, two in pairs}
-    return [*pairs, *((None, s) for s in alone_b if s not in matched)]
-
-
-def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the differences of two receipts of one stage, most telling first.
-
-    ``harness`` is code that runs around every stage; it is no dependency, and decides nothing about the content.
-    """
-    facts = {
-        "parameter": [
-            {k: v for key, value in r["params"].items() for k, v in _flat(key, value).items()} for r in (a, b)
-        ],
-        "input": [{p: f["sha256"] for p, f in r["dependencies"].items() if is_data(p)} for r in (a, b)],
-        "code": [_code(r, declared=True) for r in (a, b)],
-        "lock": [r["environment"]["lock"] for r in (a, b)],
-        "package": [r["environment"]["packages"] for r in (a, b)],
-        "harness": [_code(r, declared=False) for r in (a, b)],
-    }
-    for kind, (before, after) in facts.items():
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                yield {"kind": kind, "name": name, "a": before.get(name), "b": after.get(name)}
-
-
-def _code(receipt: Mapping[str, Any], declared: bool) -> dict[str, str]:
-    """Returns the source files of a receipt that are dependencies of the stage, or those that are not."""
-    folders = tuple(f"{path}/" for path in receipt["dependencies"])
-    return {
-        path: digest
-        for path, digest in receipt["code"]["files"].items()
-        if (path in receipt["dependencies"] or path.startswith(folders)) is declared
-    }
-
-
-def _flat(key: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {name: v for part, inner in value.items() for name, v in _flat(f"{key}.{part}", inner).items()}
-    return {key: value}

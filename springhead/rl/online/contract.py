@@ -128,11 +128,14 @@ class Learner(Protocol):
 
     algorithm: ClassVar[str]
     """The algorithm's name, for instance ``ppo-lag``."""
-    config: OnlineConfig
     iteration: int
     """Iterations done."""
     env_steps: int
     """Environment steps taken."""
+
+    @property
+    def config(self) -> OnlineConfig:
+        """Its hyper-parameters."""
 
     def iterate(self) -> Figures:
         """Collects episodes, moves the multiplier, updates the networks, and counts the iteration."""

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from springhead.rl.acting import Activation, ExpertConfig, ExpertPolicy, Head
-from springhead.rl.networks import Ensemble, GaussianActor, Moments, weights_of
+from springhead.rl.acting import Activation, ExpertPolicy, Head
+from springhead.rl.networks import Ensemble, GaussianActor, Moments
 from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
 from springhead.rl.online.contract import Figures, OnlineConfig, above_zero, at_least, fraction
 from springhead.rl.online.replay import Replay, Transitions
-from springhead.rl.online.rollouts import check_workers, episode_seeds, roll_out
+from springhead.rl.online.rollouts import check_workers, episode_seeds, expert, roll_out
 from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers
 
@@ -155,22 +155,10 @@ class OffPolicy(ABC):
 
     def policy(self) -> ExpertPolicy:
         """The present policy; acts by its mean."""
-        config = ExpertConfig(
-            task=self.config.task,
-            algorithm=self.algorithm,
-            cost_limit=self.config.cost_limit(max(self.iteration - 1, 0)),
-            seed=self.config.seed,
-            env_steps=self.env_steps,
-            observation_mean=tuple(float(x) for x in self.moments.mean.astype(np.float32)),
-            observation_std=tuple(float(x) for x in self.moments.std.astype(np.float32)),
-            hidden=self.config.hidden,
-            action_dim=self.task.action_dim,
-            head=self.head,
-            activation=self.config.activation,
-            state_dependent_std=self.state_dependent_std,
-            log_std_range=self.log_std_range,
-        )
-        return ExpertPolicy(config, weights_of(self.actor))
+        return expert(
+            self, self.actor, self.moments, head=self.head, activation=self.config.activation,
+            state_dependent_std=self.state_dependent_std, log_std_range=self.log_std_range,
+        )  # fmt: skip
 
     def iterate(self) -> Figures:
         """One iteration: collect, move the multiplier and the moments, then the gradient steps."""

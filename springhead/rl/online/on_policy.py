@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from springhead.rl.acting import Activation, ExpertConfig, ExpertPolicy
+from springhead.rl.acting import Activation, ExpertPolicy
 from springhead.rl.dataset import Episode
-from springhead.rl.networks import GaussianActor, Moments, mlp, weights_of
+from springhead.rl.networks import GaussianActor, Moments, mlp
 from springhead.rl.online.advantages import Batch, Doubles, gae
 from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
 from springhead.rl.online.contract import Figures, OnlineConfig, fraction
-from springhead.rl.online.rollouts import check_workers, episode_seeds, roll_out, sampled_actions
+from springhead.rl.online.rollouts import check_workers, episode_seeds, expert, roll_out, sampled_actions
 from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers
 
@@ -115,19 +115,7 @@ class OnPolicy(ABC):
 
     def policy(self) -> ExpertPolicy:
         """The present policy; acts by its mean."""
-        config = ExpertConfig(
-            task=self.config.task,
-            algorithm=self.algorithm,
-            cost_limit=self.config.cost_limit(max(self.iteration - 1, 0)),
-            seed=self.config.seed,
-            env_steps=self.env_steps,
-            observation_mean=tuple(float(x) for x in self.observation_moments.mean.astype(np.float32)),
-            observation_std=tuple(float(x) for x in self.observation_moments.std.astype(np.float32)),
-            hidden=self.config.hidden,
-            action_dim=self.task.action_dim,
-            activation=self.config.activation,
-        )
-        return ExpertPolicy(config, weights_of(self.actor))
+        return expert(self, self.actor, self.observation_moments, activation=self.config.activation)
 
     def collect(self) -> tuple[list[Episode], tuple[int, ...]]:
         """Runs this iteration's episodes with sampled actions; returns them and their seeds."""

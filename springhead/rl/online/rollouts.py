@@ -1,16 +1,20 @@
-"""An iteration's episodes: seeded by (run, iteration) alone and run in groups, in one process or in several."""
+"""An iteration's policy, and its episodes: seeded by (run, iteration) alone and run in groups, in any processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from springhead.errors import BadInput
-from springhead.rl.acting import ExpertPolicy, episode_noise
+from springhead.rl.acting import ExpertConfig, ExpertPolicy, episode_noise
 from springhead.rl.dataset import Episode
-from springhead.rl.online.contract import OnlineConfig
+from springhead.rl.networks import Moments, weights_of
+from springhead.rl.online.contract import Learner, OnlineConfig
+from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers, Group
 
 
@@ -18,6 +22,33 @@ def episode_seeds(config: OnlineConfig, iteration: int) -> tuple[int, ...]:
     """The reset seeds of an iteration's episodes, of 31 bits; they also seed the episodes' action noise."""
     generator = np.random.default_rng([config.seed, iteration, 0])
     return tuple(int(seed) for seed in generator.integers(2**31, size=config.episodes_per_iteration))
+
+
+def expert(learner: Learner, actor: nn.Module, moments: Moments, **network: Any) -> ExpertPolicy:
+    """The policy of a learner as it is now; acts by its mean.
+
+    Args:
+        learner: Says what the policy comes from.
+        actor: Its network.
+        moments: By which its observations are normalised.
+        **network: What :class:`ExpertConfig` is to say of the network, where that is not the default.
+    """
+    config = learner.config
+    return ExpertPolicy(
+        ExpertConfig(
+            task=config.task,
+            algorithm=learner.algorithm,
+            cost_limit=config.cost_limit(max(learner.iteration - 1, 0)),
+            seed=config.seed,
+            env_steps=learner.env_steps,
+            observation_mean=tuple(float(x) for x in moments.mean.astype(np.float32)),
+            observation_std=tuple(float(x) for x in moments.std.astype(np.float32)),
+            hidden=config.hidden,
+            action_dim=task(config.task).action_dim,
+            **network,
+        ),
+        weights_of(actor),
+    )
 
 
 def roll_out(workers: EpisodeWorkers, policy: ExpertPolicy, seeds: Sequence[int], cost_limit: float) -> list[Episode]:

@@ -25,23 +25,13 @@ from springhead.rl.offline.multipliers import Multipliers
 from springhead.rl.offline.stacked import MLP, Values, clip_members, frozen_copy, pair, polyak
 from springhead.rl.offline.vae import ActionVAE, kl_from_prior
 from tests.rl.offline_data import BALL
+from tests.rl.offline_runs import by_hand
 
 pytestmark = pytest.mark.unit
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def by_hand(net: MLP, network: int, rows: np.ndarray) -> np.ndarray:
-    """One network of a stack in float64."""
-    for layer, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
-        rows = rows @ weight[network].detach().double().numpy() + bias[network, 0].detach().double().numpy()
-        if layer < len(net.weights) - 1:
-            rows = np.maximum(rows, 0) if net.activation == "relu" else np.tanh(rows)
-        elif net.output == "tanh":
-            rows = np.tanh(rows)
-    return rows
 
 
 # Multipliers: costs less 10 are 2, 6, -4, -7 and 1.

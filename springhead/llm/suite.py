@@ -86,7 +86,7 @@ def frames(
     rows = [(file, index, row) for file in (TRAIN_FILE, EVAL_FILE) for index, row in enumerate(files[file])]
     table = text_table(rows, list(listed), problems, settings)
     # A row without an id is named by its place.
-    names = [_id(row) or f"{file}:{index + 1}" for file, index, row in rows]
+    names = [id_of(row) or f"{file}:{index + 1}" for file, index, row in rows]
     sound = [row for (_, _, row), error in zip(rows, table["schema_error"], strict=True) if pd.isna(error)]
     return [
         text_frame(table, names, settings),
@@ -112,10 +112,10 @@ def text_table(
     columns: dict[str, list[Any]] = defaultdict(list)
     for file, index, row in rows:
         error = _schema_error(row)
-        row_id = _id(row)
+        row_id = id_of(row)
         facts = {"file": file, "line": index + 1, "schema_error": error, "id": row_id}
         facts["in_row_table"] = row_id is not None and known.get((file, index)) == row_id
-        facts["id_is_content"] = row_id is not None and row_id == _content_digest(row)
+        facts["id_is_content"] = row_id is not None and row_id == content_digest(row)
         facts |= _facts(row, file, problems, allowed, training) if error is None else _NOTHING
         for name, value in facts.items():
             columns[name].append(value)
@@ -163,12 +163,13 @@ class _TrainingSide:
         return None if first == row["id"] else first
 
 
-def _id(row: Mapping[str, Any]) -> str | None:
+def id_of(row: Mapping[str, Any]) -> str | None:
+    """A row's id, if it has one that can be written."""
     found = row.get("id")
-    return found if isinstance(found, str) and found and _is_text(found) else None
+    return found if isinstance(found, str) and found and is_text(found) else None
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Whether a string can be written at all: JSON can smuggle in half of a surrogate pair."""
     try:
         value.encode("utf-8")
@@ -177,7 +178,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _content_digest(row: Mapping[str, Any]) -> str | None:
+def content_digest(row: Mapping[str, Any]) -> str | None:
     """The id that the row's content asks for; None for content that has no canonical form (NaN, half characters)."""
     try:
         return json_digest({key: value for key, value in row.items() if key != "id"})
@@ -192,7 +193,7 @@ def _schema_error(row: Mapping[str, Any]) -> str | None:
             return f"{name} is missing"
         if not isinstance(row[name], kind) or (kind is int and isinstance(row[name], bool)):
             return f"{name} is {type(row[name]).__name__}, expected {kind.__name__}"
-        if kind is str and not _is_text(row[name]):
+        if kind is str and not is_text(row[name]):
             return f"{name} is not valid Unicode"
     if not all(isinstance(parent, str) for parent in row["parents"]):
         return "parents holds something that is no text"
@@ -319,7 +320,7 @@ def variant_frame(rows: Sequence[Mapping[str, Any]]) -> Frame:
     )
     columns = ("split", "method", "problem", "variants", "repeated", "missing")
     ids = [str(line["problem"]) for line in lines]
-    return Frame("variants", "problem", _table(lines, columns), checks, ids, ("split", "method", "problem"), False)
+    return Frame("variants", "problem", frame_table(lines, columns), checks, ids, ("split", "method", "problem"), False)
 
 
 def group_frame(rows: Sequence[Mapping[str, Any]], problems: Mapping[str, str], settings: Settings) -> Frame:
@@ -341,7 +342,7 @@ def group_frame(rows: Sequence[Mapping[str, Any]], problems: Mapping[str, str], 
         given = Counter(answers.get(key, {}).values())
         count = sum(given.values())
         top = min(given.items(), key=lambda item: (-item[1], item[0])) if given else ("", 0)
-        share = _at_least(top[1], count)
+        share = share_at_least(top[1], count)
         line: dict[str, Any] = dict(zip(("split", "method", "family"), key, strict=True))
         line |= {"rows": float(sizes[key]) if key in required else float("nan"), "top_answer": top[0]}
         line["top_share"] = top[1] / count if count else float("nan")
@@ -364,10 +365,10 @@ def group_frame(rows: Sequence[Mapping[str, Any]], problems: Mapping[str, str], 
     columns = ("split", "method", "family", "rows", "top_answer", *shares)
     ids = ["/".join((line["split"], line["method"], line["family"])) for line in lines]
     keys = ("split", "method", "family", "top_answer", "top_share")
-    return Frame("groups", "group", _table(lines, columns), checks, ids, keys, False)
+    return Frame("groups", "group", frame_table(lines, columns), checks, ids, keys, False)
 
 
-def _at_least(hits: int, count: int) -> float:
+def share_at_least(hits: int, count: int) -> float:
     """How large a share is at least, given the size of the sample (Wilson's lower bound): ten problems prove little."""
     if not count:
         return float("nan")
@@ -381,11 +382,12 @@ def operator_frame(rows: Sequence[Mapping[str, Any]], settings: Settings) -> Fra
     counts = Counter(row["operator"] for row in rows if row["split"] == TRAIN and row["method"] == "mend")
     lines = [{"operator": name, "rows": counts[name]} for name in settings.operators]
     checks = (Check("ExpectOperatorRows", "between", "rows", "each operator made training rows", {"min_value": 1}),)
-    frame = _table(lines, ("operator", "rows"))
+    frame = frame_table(lines, ("operator", "rows"))
     return Frame("operators", "operator", frame, checks, list(settings.operators), ("operator",), False)
 
 
-def _table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+def frame_table(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Lines as a table whose first column counts them."""
     table = pd.DataFrame(list(lines), columns=list(columns))
     table.insert(0, ROW, np.arange(len(table)))
     return table

@@ -42,7 +42,7 @@ from springhead.rl.offline.contract import (
     at_least,
     fraction,
 )
-from springhead.rl.offline.frontier import pareto
+from springhead.rl.offline.frontier import attainable
 from springhead.rl.offline.relabelling import Augmentation, Items, joined, plain, relabelled
 from springhead.rl.offline.sequences import Batch, Sampler, Scheme
 from springhead.rl.offline.stacked import clip_members
@@ -106,6 +106,11 @@ class CDTSettings(Settings):
     """Items are sampled in proportion to this less their cost; derived: 1.75 x the highest limit."""
     target_margin: float = 0.0
     """Act under a cost target of (1 - margin) x limit."""
+    clamp_cost: bool = True
+    """An episode that is over its cost target is asked for no more cost; in the released code the cost-to-go falls
+    below 0, which no episode of the data has."""
+    return_quantile: float = 1.0
+    """Act under this quantile of the returns of all episodes within the cost target; at 1 the frontier's return."""
     return_targets: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     """By task, (cost limit, return target) pairs to act by instead of the data's frontier."""
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -120,7 +125,7 @@ class CDTSettings(Settings):
         at_least(1, self, "context", "width", "layers", "heads")
         above_zero(self, "learning_rate", "gradient_clip")
         at_least(0, self, "temperature_rate", "weight_decay", "warmup", "cost_weight")
-        fraction(self, "dropout", "target_margin")
+        fraction(self, "dropout", "target_margin", "return_quantile")
         if self.width % self.heads:
             raise OutOfRange(f"width is {self.width}; use a multiple of heads, {self.heads}")
         for name in ("dropout", "target_margin"):
@@ -206,8 +211,7 @@ class CDT:
         items = [_items(data, settings, seed) for seed in seeds]
         self.sampler = Sampler(data, items, self.scheme, self.generators["batches"])
         self.drop = Dropout(settings.dropout, self.generators["dropout"]) if settings.dropout else None
-        best = pareto(data.returns, data.cost_returns)
-        self.frontier = [[float(data.cost_returns[i]), float(data.returns[i])] for i in best.tolist()]
+        self.attainable = attainable(data.returns, data.cost_returns, settings.return_quantile)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
@@ -225,12 +229,17 @@ class CDT:
         adamw.zero_grad()
         batch = self.sampler.draw()
         steps, temperature = batch.mask.sum((1, 2)), self.log_temperature.detach().exp()
+        prepared = self.network.prepare(self.drop)
+        weights = prepared.detached()
         terms = []
         for part in batch.slices(_SLICE if settings.device == "cpu" else settings.batch_size):
-            outputs = self.network(part.inputs, part.times, self.drop, costs=settings.cost_weight > 0)
+            outputs = self.network(part.inputs, part.times, self.drop, settings.cost_weight > 0, weights)
             found = losses(outputs, part, temperature, settings.entropy, steps)
             (found.action + settings.cost_weight * found.cost).sum().backward()
             terms.append(torch.stack(found).detach())
+        pairs = zip(prepared.tensors(), weights.tensors(), strict=True)
+        used = [(made, leaf.grad) for made, leaf in pairs if leaf.grad is not None]
+        torch.autograd.backward([made for made, _ in used], [gradient for _, gradient in used])
         action, cost, entropy = torch.stack(terms).sum(0)
         norm = clip_members(self.network.parameters(), len(self.members), settings.gradient_clip)
         self.log_temperature.grad = temperature_gradient(self.log_temperature.detach(), entropy, self.task.action_dim)
@@ -252,7 +261,8 @@ class CDT:
             "cost_scale": self.scheme.cost_scale,
             "cost_reference": self.scheme.cost_reference,
             "target_margin": settings.target_margin,
-            "frontier": self.frontier,
+            "clamp_cost": settings.clamp_cost,
+            "attainable": [list(pair) for pair in self.attainable],
             "return_targets": [list(pair) for pair in sorted(settings.return_targets.get(self.task.name, ()))],
         }
 
@@ -294,8 +304,8 @@ def _scheme(settings: CDTSettings, task: Task, largest_return: float) -> Scheme:
 class CdtPolicy:
     """Acts by the mean action, under targets that shrink by what each episode has got and spent.
 
-    The return target for a cost limit is that of the frontier at the limit, or of the table given in
-    training. Targets are not clamped: an episode over its limit sees a negative cost-to-go.
+    The return target for a cost limit is what the data's episodes attain within it, or that of the table
+    given in training.
     """
 
     def __init__(self, config: dict[str, Any], network: Transformer) -> None:
@@ -311,10 +321,10 @@ class CdtPolicy:
     def return_target(self, cost_limit: float) -> float:
         """Returns the return to ask for under a cost limit.
 
-        From the table: the pair with the largest limit not above this one, else the first. From the
-        frontier: the best return among episodes within the limit, else that of the cheapest episode.
+        From the table: the pair with the largest limit not above this one, else the first. From the data: the
+        best return (or ``return_quantile``) among episodes within the limit, else among the cheapest.
         """
-        pairs = self._config["return_targets"] or self._config["frontier"]
+        pairs = self._config["return_targets"] or self._config["attainable"]
         within = [target for limit, target in pairs if limit <= cost_limit]
         return float(within[-1] if within else pairs[0][1])
 
@@ -330,7 +340,8 @@ class CdtPolicy:
         """Maps observations (n, observation_dim) to actions (n, action_dim)."""
         rows = torch.from_numpy(np.asarray(observations, dtype=np.float32))
         returns = (self._return * self._config["return_scale"]).float()
-        costs = ((self._config["cost_reference"] - self._cost) * self._config["cost_scale"]).float()
+        budget = self._cost.clamp(min=0.0) if self._config["clamp_cost"] else self._cost
+        costs = ((self._config["cost_reference"] - budget) * self._config["cost_scale"]).float()
         now = torch.cat([returns[:, None], costs[:, None], rows, torch.zeros(len(rows), self.action_dim)], dim=1)
         self._past = [*self._past, now][-self._context :]
         times = torch.arange(self._time + 1 - len(self._past), self._time + 1).expand(1, len(rows), -1)
@@ -353,11 +364,11 @@ def load(folder: Path) -> CdtPolicy:
         BadInput: If a file is missing, damaged, or does not fit the configuration.
     """
     config = read_config(folder)
-    needed = ("context", "return_scale", "cost_scale", "cost_reference", "target_margin", "frontier", "return_targets")
+    needed = ("context", "return_scale", "cost_scale", "cost_reference", "target_margin", "clamp_cost", "attainable")
     try:
         shape = Shape(**{entry.name: config[entry.name] for entry in fields(Shape)})
         network = Transformer(Generators([0]), shape)
-        missing = [key for key in needed if key not in config]
+        missing = [key for key in (*needed, "return_targets") if key not in config]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'config.json'}: not a CDT configuration ({error!r}); train it again") from None
     if missing:

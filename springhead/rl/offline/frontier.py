@@ -46,6 +46,27 @@ def best_return(returns: Floats, costs: Floats, limit: float) -> float:
     return float(safe.max())
 
 
+def attainable(returns: Floats, costs: Floats, quantile: float) -> list[tuple[float, float]]:
+    """The return that can be asked for under each cost: a quantile of the returns of all episodes that cost no more.
+
+    At 1 it is the frontier itself, made of single, perhaps lucky, episodes. It never falls with the cost.
+
+    Args:
+        returns: (n,) episode returns, n at least 1.
+        costs: (n,) episode costs.
+        quantile: Between 0 and 1.
+
+    Returns:
+        (cost, return) pairs in ascending order of both: the costs from which on more can be asked for.
+    """
+    found: list[tuple[float, float]] = []
+    for cost in np.unique(costs).tolist():
+        value = float(np.quantile(returns[costs <= cost], quantile))
+        if not found or value > found[-1][1]:
+            found.append((cost, value))
+    return found
+
+
 def fit(returns: Floats, costs: Floats, degree: int) -> Polynomial:
     """Fits return as a polynomial of cost by least squares.
 

@@ -9,6 +9,7 @@ the frontier with the nearest episode that keeps the cost target: the cost wins.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,12 @@ class Augmentation:
     """How much less than its nearest episode's return a substitute may have; derived: a fifth of the range."""
     distance_offset: float = 1.0
     """Substitutes are drawn with probability 1 / (distance + offset)."""
+    pairs: Literal["own", "grouped"] = "own"
+    """Each target keeps the episode that answers it, or, as in the released code, answers are put in the order of the
+    episodes they stand for before they meet the targets again."""
+    extrapolate: bool = False
+    """Use the polynomial beyond the frontier's costs, and draw from a reversed interval where it exceeds the highest
+    return target, as in the released code."""
     cost_bins: int = 10
     return_bins: int = 50
     max_per_cell: int = 10
@@ -81,7 +88,10 @@ def infeasible_targets(
     spread = float(returns.max() - returns.min())
     most = settings.max_return if settings.max_return is not None else float(returns.max()) + 0.1 * spread
     target_costs = np.linspace(costs.min(), costs.max(), number)
-    low = np.minimum(curve(np.clip(target_costs, costs[best].min(), costs[best].max())), most)
+    if settings.extrapolate:
+        low = curve(target_costs)
+    else:
+        low = np.minimum(curve(np.clip(target_costs, costs[best].min(), costs[best].max())), most)
     return low + (most - low) * rng.random(number), target_costs
 
 
@@ -97,16 +107,15 @@ def safe_answers(
 
     The nearest episode with C <= target cost answers the first target it is nearest to. For further
     targets a substitute is drawn among the episodes that cost no more and return at most
-    ``max_return_decrease`` less. Each target keeps its own episode; the released code lets pairs be
-    permuted on the way.
+    ``max_return_decrease`` less. Each target keeps its own episode unless ``pairs`` is "grouped".
 
     Returns:
         Positions (number,), one for each target, in the targets' order.
     """
     spread = float(returns.max() - returns.min())
     decrease = settings.max_return_decrease if settings.max_return_decrease is not None else 0.2 * spread
-    answered: set[int] = set()
-    answers = np.empty(len(target_costs), dtype=np.intp)
+    answered: dict[int, int] = {}
+    answers, turns = np.empty((2, len(target_costs)), dtype=np.intp)
     for number, (target_return, target_cost) in enumerate(zip(target_returns, target_costs, strict=True)):
         distance = np.hypot(returns - target_return, costs - target_cost)
         nearest = int(np.argmin(np.where(costs <= target_cost, distance, np.inf)))
@@ -117,8 +126,8 @@ def safe_answers(
             answers[number] = rng.choice(like, p=weights / weights.sum())
         else:
             answers[number] = nearest
-        answered.add(nearest)
-    return answers
+        turns[number] = answered.setdefault(nearest, number)
+    return answers[np.argsort(turns, kind="stable")] if settings.pairs == "grouped" else answers
 
 
 def relabelled(returns: Floats, costs: Floats, settings: Augmentation, rng: np.random.Generator) -> Items:

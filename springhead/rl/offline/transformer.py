@@ -1,16 +1,18 @@
 """The Constrained Decision Transformer's network, for several members side by side.
 
 A causal transformer over (return, cost, state, action) tokens. Every weight has a leading member dimension and every
-layer is one batched product. Two things are arranged for speed and change nothing but rounding: the scale and shift of
-a layer norm are multiplied into the layer that follows it, and the last block computes queries, and all that follows,
-only for the state and action tokens: nothing is read off the other two.
+layer is one batched product. Some things are arranged for speed and change nothing but rounding: the scale and shift of
+a layer norm and the scale of dropout are multiplied into the weights that follow (``Transformer.prepare``, once for
+all slices of a batch); the last block computes queries, and all that follows, only for the tokens that outputs are
+read off.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,22 +65,31 @@ class Outputs(NamedTuple):
 
 
 class Dropout:
-    """Dropout of which each member draws its own, from generators that checkpoints hold.
+    """Draws which entries dropout keeps, for each member from a generator that checkpoints hold.
+
+    The kept entries must be multiplied by ``scale``; the network multiplies weights by it, which are fewer.
 
     Args:
-        share: Probability that an entry is dropped.
+        share: Probability that an entry is dropped, to 1/65536.
         generators: The members' random numbers.
     """
 
     def __init__(self, share: float, generators: Generators) -> None:
-        self.share, self.generators = share, generators
+        self.generators = generators
+        self._lowest = round(share * 2**16) - 2**15
+        self.scale = 1.0 / (1.0 - (self._lowest + 2**15) / 2**16)
 
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Drops entries of (members, ...) and scales up the others."""
-        kept = torch.empty_like(values)
-        for own, generator in zip(kept, self.generators.each, strict=True):
-            own.bernoulli_(1.0 - self.share, generator=generator)
-        return values * kept.div_(1.0 - self.share)
+    def kept(self, shape: Sequence[int]) -> torch.Tensor:
+        """Draws 0 for dropped entries and 1 for kept ones, (members, ...).
+
+        One 64-bit number serves four entries, which is several times as fast as PyTorch's ``bernoulli_`` on a CPU.
+        """
+        own = math.prod(shape[1:])
+        drawn = torch.empty(shape[0], (own + 3) // 4, dtype=torch.int64, device=self.generators.device)
+        for row, generator in zip(drawn, self.generators.each, strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        kept = torch.empty(shape[0], own, device=drawn.device)
+        return torch.ge(drawn.view(torch.int16)[:, :own], self._lowest, out=kept).view(shape)
 
 
 class Norm(nn.Module):
@@ -98,17 +109,40 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(0.02 * generators.normal(inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(len(generators), 1, outputs))
 
-    def after(self, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bias and weight of this layer after a norm's scale and shift: (x g + b) W + c = x (g W) + (b W + c)."""
-        return torch.baddbmm(self.bias, norm.bias, self.weight), norm.weight.mT * self.weight
+    def after(self, norm: Norm) -> Affine:
+        """This layer after a norm's scale and shift: (x g + b) W + c = x (g W) + (b W + c)."""
+        return Affine(torch.baddbmm(self.bias, norm.bias, self.weight), norm.weight.mT * self.weight)
+
+    def scaled(self, inputs: float, outputs: float) -> Affine:
+        """This layer with its inputs and its outputs multiplied by numbers."""
+        return Affine(self.bias * outputs, self.weight * (inputs * outputs))
+
+
+class Affine(NamedTuple):
+    """Bias (members, 1, outputs) and weight (members, inputs, outputs) of a layer as it is used."""
+
+    bias: torch.Tensor
+    weight: torch.Tensor
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Maps (members, rows, inputs) to (members, rows, outputs)."""
+        return torch.baddbmm(self.bias, rows, self.weight)
+
+
+class BlockWeights(NamedTuple):
+    """A block's layers as they are used."""
+
+    qkv: Affine
+    mix: Affine
+    up: Affine
+    down: Affine
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: causal self-attention, then a GELU layer of four times the width."""
+    """The weights of a pre-norm transformer block: causal self-attention, then a GELU layer of four times the width."""
 
-    def __init__(self, generators: Generators, width: int, heads: int) -> None:
+    def __init__(self, generators: Generators, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.norm_attention = Norm(len(generators), width)
         self.qkv = Linear(generators, width, 3 * width)
         self.mix = Linear(generators, width, width)
@@ -116,52 +150,132 @@ class Block(nn.Module):
         self.up = Linear(generators, width, 4 * width)
         self.down = Linear(generators, 4 * width, width)
 
-    def forward(self, tokens: torch.Tensor, read: slice | None, drop: Dropout | None) -> torch.Tensor:
-        """Maps (members, batch, steps, 4, width) to the same shape, or of the 4 only those in ``read``."""
-        members, batch, steps, _, width = tokens.shape
-        normed = F.layer_norm(tokens, (width,))
-        bias, weight = self.qkv.after(self.norm_attention)
-        if read is not None:
-            query = torch.baddbmm(bias[..., :width], _rows(normed[..., read, :]), weight[..., :width])
-            key, value = torch.baddbmm(bias[..., width:], _rows(normed), weight[..., width:]).chunk(2, dim=-1)
-            tokens = tokens[..., read, :]
-        else:
-            query, key, value = torch.baddbmm(bias, _rows(normed), weight).chunk(3, dim=-1)
-        split = (members * batch, -1, self.heads, width // self.heads)
-        query, key, value = (rows.reshape(split).transpose(1, 2) for rows in (query, key, value))
-        seen = _attention(query, key, value, steps, read, members, drop)
-        seen = seen.transpose(1, 2).reshape(members, -1, width)
-        mixed = torch.baddbmm(self.mix.bias, seen, self.mix.weight).view(tokens.shape)
-        tokens = tokens + (mixed if drop is None else drop(mixed))
-        bias, weight = self.up.after(self.norm_mlp)
-        hidden = F.gelu(torch.baddbmm(bias, _rows(F.layer_norm(tokens, (width,))), weight))
-        down = torch.baddbmm(self.down.bias, hidden, self.down.weight).view(tokens.shape)
-        return tokens + (down if drop is None else drop(down))
+    def prepare(self, scale: float) -> BlockWeights:
+        """Multiplies the norms, and dropout's scale of attention and of both residuals, into the layers."""
+        qkv, up = self.qkv.after(self.norm_attention), self.up.after(self.norm_mlp)
+        return BlockWeights(qkv, self.mix.scaled(scale, scale), up, self.down.scaled(1.0, scale))
+
+
+class Attention(torch.autograd.Function):
+    """Attention with dropout: softmax(q kᵀ / sqrt(d) + hidden) ∘ kept · v.
+
+    PyTorch's fused attention has no dropout on a CPU, no generator to draw it from, and a slow gradient for sequences
+    as short as these. ``rows`` are keys and values side by side, or queries, keys and values where ``query`` is None,
+    (sequences, length, parts x width). ``hidden`` (queries, length) is -inf where a query must not look, ``kept``
+    (sequences x heads, queries, length) is 0 where dropout strikes, or None. The result is (sequences, queries, width).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: torch.Tensor | None,
+        rows: torch.Tensor,
+        hidden: torch.Tensor,
+        kept: torch.Tensor | None,
+        heads: int,
+    ) -> torch.Tensor:
+        """Computes it."""
+        parts = [] if query is None else _heads(query, 1, heads)
+        parts += _heads(rows, 3 if query is None else 2, heads)
+        weights = torch.softmax(torch.baddbmm(hidden, parts[0], parts[1].mT, alpha=parts[0].shape[-1] ** -0.5), dim=-1)
+        dropped = weights if kept is None else weights * kept
+        ctx.save_for_backward(*parts, weights, dropped, kept)
+        ctx.heads, ctx.apart = heads, query is not None
+        return _merged((dropped @ parts[2])[None], heads)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Gradients by queries and rows."""
+        query, key, value, weights, dropped, kept = ctx.saved_tensors
+        (gradient,) = _heads(gradients[0], 1, ctx.heads)
+        scores = torch.bmm(gradient, value.mT)
+        if kept is not None:
+            scores.mul_(kept)
+        scores = torch.ops.aten._softmax_backward_data(scores, weights, -1, weights.dtype)
+        scores.mul_(query.shape[-1] ** -0.5)
+        by_rows = torch.empty(2 if ctx.apart else 3, *key.shape, dtype=key.dtype, device=key.device)
+        torch.bmm(scores.mT, query, out=by_rows[-2])
+        torch.bmm(dropped.mT, gradient, out=by_rows[-1])
+        if ctx.apart:
+            return _merged(torch.bmm(scores, key)[None], ctx.heads), _merged(by_rows, ctx.heads), None, None, None
+        torch.bmm(scores, key, out=by_rows[0])
+        return None, _merged(by_rows, ctx.heads), None, None, None
+
+
+def _heads(rows: torch.Tensor, parts: int, heads: int) -> list[torch.Tensor]:
+    """(sequences, length, parts x width) as ``parts`` tensors (sequences x heads, length, width / heads)."""
+    split = rows.view(*rows.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+    return list(split.flatten(1, 2).unbind(0))
+
+
+def _merged(parts: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of :func:`_heads`."""
+    split = parts.view(len(parts), -1, heads, *parts.shape[2:]).permute(1, 3, 0, 2, 4)
+    return split.reshape(*split.shape[:2], -1)
+
+
+def attend(
+    query: torch.Tensor | None, rows: torch.Tensor, hidden: torch.Tensor, heads: int, drop: Dropout | None, members: int
+) -> torch.Tensor:
+    """Attention over (sequences of all members, length, parts x width); see :class:`Attention`."""
+    if drop is not None or (rows.requires_grad and not rows.is_cuda):
+        shape = (members, len(rows) // members * heads, *hidden.shape)
+        kept = None if drop is None else drop.kept(shape).flatten(0, 1)
+        attended: torch.Tensor = Attention.apply(query, rows, hidden, kept, heads)  # type: ignore[no-untyped-call]
+        return attended
+    parts = rows.unflatten(-1, (3 if query is None else 2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    if query is not None:
+        parts = (query.unflatten(-1, (heads, -1)).transpose(1, 2), *parts)
+    first, key, value = parts
+    mask = None if query is None else hidden
+    seen = F.scaled_dot_product_attention(first, key, value, mask, is_causal=mask is None)
+    return seen.transpose(1, 2).flatten(2)
 
 
 def _rows(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.reshape(len(tokens), -1, tokens.shape[-1])
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    steps: int,
-    read: slice | None,
-    members: int,
-    drop: Dropout | None,
-) -> torch.Tensor:
-    """Causal attention, (members x batch, heads, length, width / heads); queries may be of some tokens alone."""
-    if drop is None and read is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    place = torch.arange(TOKENS * steps, device=query.device)
-    later = place > place.view(steps, TOKENS)[:, read or slice(TOKENS)].reshape(-1, 1)
-    hidden = torch.zeros(later.shape, device=query.device).masked_fill_(later, -math.inf)
-    if drop is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden)
-    scores = torch.softmax(query @ key.mT * (query.shape[-1] ** -0.5) + hidden, dim=-1)
-    return drop(scores.unflatten(0, (members, -1))).flatten(0, 1) @ value
+def _joined(tokens: torch.Tensor, rows: torch.Tensor, drop: Dropout | None) -> torch.Tensor:
+    """The residual sum; ``rows`` already have dropout's scale."""
+    rows = rows.view(tokens.shape)
+    return tokens + rows if drop is None else torch.addcmul(tokens, rows, drop.kept(tokens.shape))
+
+
+class Prepared(NamedTuple):
+    """The network's weights as they are used: norms and dropout's scale are multiplied in."""
+
+    time: torch.Tensor
+    embed: Affine
+    shift: torch.Tensor
+    factor: torch.Tensor
+    blocks: tuple[BlockWeights, ...]
+    action: Affine
+    cost: Affine
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, in a fixed order."""
+        return list(_tensors(self))
+
+    def detached(self) -> Prepared:
+        """The same numbers without history, for gradients of their own."""
+        found: Prepared = _detached(self)
+        return found
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    if isinstance(part, torch.Tensor):
+        yield part
+    else:
+        for inner in part:
+            yield from _tensors(inner)
+
+
+def _detached(part: Any) -> Any:
+    if isinstance(part, torch.Tensor):
+        return part.detach().requires_grad_()
+    parts = [_detached(inner) for inner in part]
+    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
 
 
 class Transformer(nn.Module):
@@ -188,13 +302,33 @@ class Transformer(nn.Module):
         self.state_token = Linear(generators, shape.observation_dim, width)
         self.action_token = Linear(generators, shape.action_dim, width)
         self.norm_in = Norm(len(generators), width)
-        self.blocks = nn.ModuleList(Block(generators, width, shape.heads) for _ in range(shape.layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(generators, width) for _ in range(shape.layers))  # type: ignore[assignment]
         self.norm_out = Norm(len(generators), width)
         self.action_head = Linear(generators, width, 2 * shape.action_dim)
         self.cost_head = Linear(generators, width, shape.cost_outputs)
 
+    def prepare(self, drop: Dropout | None = None) -> Prepared:
+        """The weights as :meth:`forward` uses them; ``drop`` is what it will be given."""
+        scale, width = (1.0 if drop is None else drop.scale), self.shape.width
+        layers = (self.return_token, self.cost_token, self.state_token, self.action_token)
+        blocks = [F.pad(layer.weight, (i * width, (3 - i) * width)) for i, layer in enumerate(layers)]
+        return Prepared(
+            time=self.time.flatten(0, 1),
+            embed=Affine(torch.cat([layer.bias for layer in layers], dim=-1), torch.cat(blocks, dim=1)),
+            shift=(self.norm_in.bias * scale)[:, None, None],
+            factor=(self.norm_in.weight * scale)[:, None, None],
+            blocks=tuple(block.prepare(scale) for block in self.blocks),
+            action=self.action_head.after(self.norm_out),
+            cost=self.cost_head.after(self.norm_out),
+        )
+
     def forward(
-        self, inputs: torch.Tensor, times: torch.Tensor, drop: Dropout | None = None, costs: bool = True
+        self,
+        inputs: torch.Tensor,
+        times: torch.Tensor,
+        drop: Dropout | None = None,
+        costs: bool = True,
+        weights: Prepared | None = None,
     ) -> Outputs:
         """Predicts every step's action and cost.
 
@@ -204,36 +338,62 @@ class Transformer(nn.Module):
             times: int64 (members, batch, steps), steps since the start of the episode.
             drop: In training, on the sequence, in attention and on residuals.
             costs: Whether costs are asked for.
+            weights: Of :meth:`prepare`, where they are there already.
         """
-        read, heads = (_STATE_ACTION, (self.action_head, self.cost_head)) if costs else (_STATE, (self.action_head,))
-        tokens = self._embedded(inputs, times)
-        if drop is not None:
-            tokens = drop(tokens)
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, read if number == len(self.blocks) else None, drop)
+        weights = self.prepare(drop) if weights is None else weights
+        batch, steps = times.shape[1:]
+        tokens = self._embedded(inputs, times, drop, weights)
+        place = torch.arange(TOKENS * steps, device=inputs.device)
+        hidden = torch.zeros(len(place), len(place), device=inputs.device)
+        hidden.masked_fill_(place > place[:, None], -math.inf)
+        read = _STATE_ACTION if costs else _STATE
+        for number, block in enumerate(weights.blocks, start=1):
+            last = number == len(weights.blocks)
+            tokens = self._block(tokens, block, read if last else None, hidden, drop)
         normed = F.layer_norm(tokens, (self.shape.width,))
-        outputs = []
-        for place, head in enumerate(heads):
-            bias, weight = head.after(self.norm_out)
-            outputs.append(torch.baddbmm(bias, _rows(normed[..., place, :]), weight).unflatten(1, inputs.shape[1:3]))
-        mean, log_std = outputs[0].chunk(2, dim=-1)
+        mean, log_std = weights.action(_rows(normed[..., 0, :])).unflatten(1, (batch, steps)).chunk(2, dim=-1)
         if self.log_std_range is not None:
             log_std = log_std.clamp(*self.log_std_range)
-        return Outputs(mean, log_std, outputs[1] if costs else None)
+        cost = weights.cost(_rows(normed[..., 1, :])).unflatten(1, (batch, steps)) if costs else None
+        return Outputs(mean, log_std, cost)
 
     def member(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of one member, with the leading dimension kept."""
         return {name: value[number : number + 1] for name, value in self.state_dict().items()}
 
-    def _embedded(self, inputs: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def _embedded(
+        self, inputs: torch.Tensor, times: torch.Tensor, drop: Dropout | None, weights: Prepared
+    ) -> torch.Tensor:
         """Tokens (members, batch, steps, 4, width), all four kinds by one product with a block-diagonal matrix."""
-        members, width = len(inputs), self.shape.width
-        layers = (self.return_token, self.cost_token, self.state_token, self.action_token)
-        blocks = [F.pad(layer.weight, (i * width, (3 - i) * width)) for i, layer in enumerate(layers)]
-        bias = torch.cat([layer.bias for layer in layers], dim=-1)
-        embedded = torch.baddbmm(bias, _rows(inputs), torch.cat(blocks, dim=1)).view(*inputs.shape[:3], TOKENS, width)
-        last = self.shape.time_steps - 1
-        first = torch.arange(members, device=times.device)[:, None, None] * (last + 1)
-        moments = F.embedding(times.clamp(max=last) + first, self.time.flatten(0, 1))
-        normed = F.layer_norm(embedded + moments.unsqueeze(-2), (width,))
-        return torch.addcmul(self.norm_in.bias[:, None, None], normed, self.norm_in.weight[:, None, None])
+        width, last = self.shape.width, self.shape.time_steps - 1
+        first = torch.arange(len(inputs), device=times.device)[:, None, None] * (last + 1)
+        moments = F.embedding(times.clamp(max=last) + first, weights.time)
+        embedded = weights.embed(_rows(inputs)).view(*times.shape, TOKENS, width) + moments.unsqueeze(-2)
+        tokens = torch.addcmul(weights.shift, F.layer_norm(embedded, (width,)), weights.factor)
+        return tokens if drop is None else tokens * drop.kept(tokens.shape)
+
+    def _block(
+        self,
+        tokens: torch.Tensor,
+        weights: BlockWeights,
+        read: slice | None,
+        hidden: torch.Tensor,
+        drop: Dropout | None,
+    ) -> torch.Tensor:
+        """Maps (members, batch, steps, 4, width) to the same shape, or of the 4 only those in ``read``."""
+        members, batch, steps, _, width = tokens.shape
+        normed = F.layer_norm(tokens, (width,))
+        bias, weight = weights.qkv
+        if read is None:
+            query, rows = None, weights.qkv(_rows(normed))
+        else:
+            query = torch.baddbmm(bias[..., :width], _rows(normed[..., read, :]), weight[..., :width])
+            query = query.view(members * batch, -1, width)
+            rows = torch.baddbmm(bias[..., width:], _rows(normed), weight[..., width:])
+            tokens = tokens[..., read, :]
+            hidden = hidden.view(steps, TOKENS, -1)[:, read].flatten(0, 1)
+        rows = rows.view(members * batch, TOKENS * steps, -1)
+        seen = attend(query, rows, hidden, self.shape.heads, drop, members).reshape(members, -1, width)
+        tokens = _joined(tokens, weights.mix(seen), drop)
+        between = F.gelu(weights.up(_rows(F.layer_norm(tokens, (width,)))))
+        return _joined(tokens, weights.down(between), drop)

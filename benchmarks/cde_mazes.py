@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import yaml
 
+from springhead.errors import BadInput
 from springhead.jsonio import canonical, read_json, write_json
 from springhead.lineage.digests import file_digest
 from springhead.params import load
@@ -66,6 +67,19 @@ EPISODES = 20
 COLLECTED, COLLECT_SEED = 1000, 0
 SUBSAMPLE_SEED = 0
 EVALUATION_SEED = 20261124
+HEAD = """# CDE on sparse and scarce data
+
+    python benchmarks/cde_mazes.py collect       # the planner's data sets
+    python benchmarks/cde_mazes.py run           # trains what has no result file yet; resumes what was stopped
+    python benchmarks/cde_mazes.py table         # this page
+
+Scores are 0 for random actions and 100 for the planner that knows the goal ([mazes](../methods/mazes.md)). A cell is
+the mean over three seeds and the standard deviation between them; a seed's score is the mean of 20 episodes by the
+mean action at each of the last three of ten points of the training. Six algorithms, the same {steps} steps, batches and
+networks: `benchmarks/cde_settings.yaml`. One file per run, with all settings, lies in `docs/results/cde-mazes/`.
+torch {torch}.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -198,8 +212,8 @@ def table(results: Path) -> str:
             used = next(row["episodes_used"] for row in rows.values() if row)
             verdict = ("yes" if best == "cde" else "no") if whole else "–"
             lines.append(f"| {name} | {100 * ratio:g} % | {used} | {' | '.join(cells)} | {verdict} |")
-    lines += ["", "CDE is ahead of all five"]
-    lines[-1] += " and ".join(f" on {len(names)} of {len(MAZES)} mazes at {100 * r:g} %" for r, names in ahead.items())
+    lines += ["", "CDE is ahead of all five "]
+    lines[-1] += " and ".join(f"on {len(names)} of {len(MAZES)} mazes at {100 * r:g} %" for r, names in ahead.items())
     lines[-1] += " of the data."
     lines += ["", "| maze | data set, sha256 | score 0 | score 100 |", "|---|---|--:|--:|"]
     for name in MAZES:
@@ -210,11 +224,20 @@ def table(results: Path) -> str:
 
 
 def write_page(results: Path) -> None:
-    """Puts the tables between the page's two marks, and leaves what people wrote around them."""
-    before, after = "<!-- figures: benchmarks/cde_mazes.py table -->\n", "<!-- end of figures -->\n"
-    page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(before)
-    PAGE.write_text(head + before + "\n" + table(results) + "\n" + after + rest.split(after)[1], encoding="utf-8")
+    """Writes the page: what was asked and how, then the tables.
+
+    Raises:
+        BadInput: If there is no result file.
+    """
+    found = [read_json(path) for path in sorted(results.glob("*.json"))]
+    if not found:
+        raise BadInput(f"{results}: no result file; make some with `python benchmarks/cde_mazes.py run`")
+    steps = sorted({row["plan"]["settings"]["steps"] for row in found})
+    head = HEAD.format(
+        steps=", ".join(f"{number:,}" for number in steps),
+        torch=", ".join(sorted({r["versions"]["torch"] for r in found})),
+    )
+    PAGE.write_text(head + table(results), encoding="utf-8")
 
 
 def run_all(wanted: list[Run], data: Path, scratch: Path, results: Path) -> None:

@@ -84,14 +84,15 @@ def write_answers(
     ids = [row.get("id") for row in rows]
     if not rows or not all(isinstance(name, str) and name for name in ids) or len(set(ids)) != len(ids):
         raise BadInput("rows to answer need an 'id' each, all different, and there must be at least one")
-    request = {
+    request: dict[str, Any] = {
         "model": model,
         "rows": json_digest([{"id": row["id"], "asked": conversation_of(row)} for row in rows]),
-        "decoding": {name: value for name, value in asdict(decoding).items() if name != "batch_rows"},
+        "decoding": {**asdict(decoding), "stop": list(decoding.stop)},
         "samples": samples,
         "shard_rows": shard_rows,
         "backend": backend,
     }
+    del request["decoding"]["batch_rows"]  # no answer depends on it
     _claim(out, request)
     asked = [(row, number) for row in rows for number in range(samples)]
     shards = [asked[start : start + shard_rows] for start in range(0, len(asked), shard_rows)]

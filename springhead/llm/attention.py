@@ -55,20 +55,26 @@ class Layout:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int
     ) -> torch.Tensor:
-        """Causal attention inside each row; see `Attends`.
+        """Causal attention inside each row; see `Attends`."""
+        return self.attend_spread(query, self.spread(key), self.spread(value), scale, window)
 
-        Rows are gathered to (rows, heads, longest, head_dim) for the attention alone. Padding is on the right, so
-        the causal mask already keeps it away from real tokens and no mask tensor is needed.
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Packed tokens (heads, tokens, head_dim) as rows, (rows, heads, longest, head_dim); beyond a row's end lies
+        some token of the batch.
+        """
+        grid = tensor.transpose(0, 1).index_select(0, self.gather.reshape(-1))
+        return grid.view(*self.gather.shape, *grid.shape[1:]).transpose(1, 2)
+
+    def attend_spread(
+        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int
+    ) -> torch.Tensor:
+        """`attend` with keys and values that are spread already.
+
+        Rows are a grid for the attention alone. Padding is on the right, so the causal mask already keeps it away
+        from real tokens and no mask tensor is needed.
         """
         rows, longest = self.gather.shape
-        flat = self.gather.reshape(-1)
-
-        def spread(tensor: torch.Tensor) -> torch.Tensor:
-            grid = tensor.transpose(0, 1).index_select(0, flat)
-            return grid.view(rows, longest, *grid.shape[1:]).transpose(1, 2)
-
-        groups = query.shape[0] // key.shape[0]
-        q, k, v = spread(query), spread(key), spread(value)
+        q, groups = self.spread(query), query.shape[0] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         near = None

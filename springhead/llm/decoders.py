@@ -10,7 +10,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from springhead.llm.attention import PACKED
 from springhead.llm.kvcache import RaggedCache
-from springhead.llm.packing import Example, pack, packs
+from springhead.llm.packing import Example, pack, packs, split_by_tokens
+
+_PROMPT_TOKENS = {"cpu": 2048}
+"""Tokens of prompts that are read in one pass: on a CPU as many as its caches hold the activations of."""
 
 
 class Decoder(Protocol):
@@ -31,16 +34,19 @@ class Ragged:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._device = model, model.device
-        rows = [Example(tuple(prompt), (False,) * len(prompt)) for prompt in prompts]
-        packed = pack(rows).to(self._device)
-        self._ids, self._positions = packed.input_ids, packed.position_ids
-        lengths = [len(prompt) for prompt in prompts]
-        self._last = torch.from_numpy(np.cumsum(lengths) - 1).to(self._device)
-        self._cache = RaggedCache(lengths, packed.layout, self._device)
+        self._rows = [Example(tuple(prompt), (False,) * len(prompt)) for prompt in prompts]
+        self._cache = RaggedCache([len(prompt) for prompt in prompts], self._device)
 
     def prefill(self) -> torch.Tensor:
         """See `Decoder`."""
-        return self._run(self._ids, self._positions, self._last)
+        logits, first = [], 0
+        for rows in split_by_tokens(self._rows, _PROMPT_TOKENS.get(self._device.type, 2**16)):
+            packed = pack(rows).to(self._device)
+            last = torch.from_numpy(np.cumsum([len(row.ids) for row in rows]) - 1).to(self._device)
+            self._cache.read(packed.layout, first)
+            logits.append(self._run(packed.input_ids, packed.position_ids, last))
+            first += len(rows)
+        return torch.cat(logits)
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """See `Decoder`."""

@@ -1,13 +1,13 @@
 """Keys and values of rows that are being generated, for batched decoding without padding.
 
 `RaggedCache` is what the packed attention (`springhead.llm.attention`) attends to while generating. Rows have their
-own lengths: prompts are read packed, end to end, and at each later step every live row brings one token. Room for keys
+own lengths: prompts are read packed, end to end, some rows at a time, and at each later step every live row brings one
+token. Room for keys
 and values is allocated in blocks, not joined anew at each step, and heads that share keys (grouped queries) read them
 where they lie. A finished row's place is taken by the last row, one copy of one row.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 
@@ -23,13 +23,12 @@ class RaggedCache:
     Per layer, keys and values have shape (rows, kv_heads, room, head_dim); row i is filled up to `lengths[i]`.
     """
 
-    def __init__(self, lengths: Sequence[int], prompt: Layout, device: torch.device) -> None:
-        """Prepare for prompts of these lengths, laid out in one packed sequence as `prompt` says."""
-        self._prompt: Layout | None = prompt
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Prepare for prompts of these lengths."""
+        self._prompt: Layout | None = None
+        self._first = 0
         self.lengths = torch.tensor(lengths, device=device)
-        starts = [0, *accumulate(lengths)][:-1]
-        self._row = torch.repeat_interleave(torch.arange(len(lengths), device=device), self.lengths)
-        self._column = torch.arange(sum(lengths), device=device) - torch.tensor(starts, device=device)[self._row]
+        self._column = self.lengths
         self._longest = max(lengths)
         self._even = min(lengths) == self._longest
         self._keys: list[torch.Tensor] = []
@@ -41,13 +40,16 @@ class RaggedCache:
         """How many rows are live."""
         return len(self.lengths)
 
+    def read(self, prompts: Layout, first: int) -> None:
+        """Begin to read the prompts of some rows, from the row `first` on, which lie packed as `prompts` says."""
+        self._prompt, self._first = prompts, first
+
     def step(self) -> torch.Tensor:
         """Begin a step of one token for each row; returns their positions (1, rows)."""
         self._prompt = None
         positions = self.lengths[None].clone()
         self._column = self.lengths
         self.lengths = self.lengths + 1
-        self._row = torch.arange(self.rows, device=self.lengths.device)
         self._longest += 1
         self._mask = None
         if not self._even:
@@ -75,9 +77,14 @@ class RaggedCache:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int
     ) -> torch.Tensor:
         """Store the keys and values of these tokens and attend to all of their rows; see `Attends`."""
-        self._store(layer, key, value)
         if self._prompt is not None:
-            return self._prompt.attend(layer, query, key, value, scale, window)
+            keys, values = self._prompt.spread(key), self._prompt.spread(value)
+            for store, read in ((self._keys, keys), (self._values, values)):
+                if layer == len(store):
+                    store.append(read.new_zeros((self.rows, read.shape[1], self._room(), read.shape[3])))
+                store[layer][self._first : self._first + len(read), :, : read.shape[2]] = read
+            return self._prompt.attend_spread(query, keys, values, scale, window)
+        self._store(layer, key, value)
         heads, rows, dim = query.shape
         shared = key.shape[0]
         past_keys = self._keys[layer][:rows, :, : self._longest]
@@ -94,17 +101,19 @@ class RaggedCache:
         )
         return out.reshape(rows, heads, dim)
 
+    def _room(self) -> int:
+        """Tokens to make room for: the present and the next, rounded up. What is not filled is zero: it has no weight
+        in any sum, and must not be NaN.
+        """
+        return -(-(self._longest + 1) // _BLOCK) * _BLOCK
+
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write the keys and values (kv_heads, tokens, head_dim) of the present tokens."""
-        room = -(-self._longest // _BLOCK) * _BLOCK
-        if layer == len(self._keys):
-            shape = (self.rows, key.shape[0], room, key.shape[2])
-            self._keys.append(key.new_zeros(shape))
-            self._values.append(value.new_zeros((*shape[:3], value.shape[2])))
-        elif self._keys[layer].shape[2] < room:
+        """Write the keys and values (kv_heads, rows, head_dim) of one token for each row."""
+        if self._keys[layer].shape[2] < self._longest:
             for store in (self._keys, self._values):
                 old = store[layer][: self.rows]
-                store[layer] = old.new_zeros((*old.shape[:2], room, old.shape[3]))
+                store[layer] = old.new_zeros((*old.shape[:2], self._room(), old.shape[3]))
                 store[layer][:, :, : old.shape[2]] = old
-        self._keys[layer][self._row, :, self._column] = key.transpose(0, 1)
-        self._values[layer][self._row, :, self._column] = value.transpose(0, 1)
+        place = torch.arange(self.rows, device=key.device)
+        self._keys[layer][place, :, self._column] = key.transpose(0, 1)
+        self._values[layer][place, :, self._column] = value.transpose(0, 1)

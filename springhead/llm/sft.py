@@ -119,22 +119,15 @@ def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def attention(model: torch.nn.Module, implementation: str) -> Iterator[None]:
-    """Let the model use another attention inside the block."""
+def packed_attention_on(model: torch.nn.Module) -> Iterator[None]:
+    """Let the model read packed batches inside the block, and restore its attention afterwards."""
     inner = plain(model)
     before = inner.config._attn_implementation
-    inner.set_attn_implementation(implementation)
+    inner.set_attn_implementation(PACKED)
     try:
         yield
     finally:
         inner.set_attn_implementation(before)
-
-
-@contextmanager
-def packed_attention_on(model: torch.nn.Module) -> Iterator[None]:
-    """Let the model read packed batches inside the block, and restore its attention afterwards."""
-    with attention(model, PACKED):
-        yield
 
 
 @torch.no_grad()
@@ -166,8 +159,7 @@ class Samples:
     def take(self, model: torch.nn.Module, step: int) -> None:
         """Answer all conversations with the model as it is."""
         decoding = generation.Decoding(max_new_tokens=self.max_new_tokens)
-        with attention(model, "sdpa"):
-            texts = generation.generate(plain(model), self.tokenizer, self.conversations, decoding)
+        texts = generation.generate(plain(model), self.tokenizer, self.conversations, decoding)
         self.taken += [{"step": step, "conversation": i, "text": text} for i, text in enumerate(texts)]
 
 

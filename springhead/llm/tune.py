@@ -102,9 +102,8 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
         Finding: training diverged.
     """
     out = Path(settings.out)
-    if world.first and (out / "run.json").exists():
+    if (out / "run.json").exists():
         raise BadInput(f"{out}: holds a finished run; choose another folder or remove it")
-    world.wait()
     source = Path(settings.model)
     model, tokenizer = students.load(source, "cpu")
     model.to(device)
@@ -132,7 +131,12 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
         )
     rows = {name: file_digest(path) for name in ("train", "eval") if (path := getattr(settings, name))}
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-    facts = {"parent": tree_digest(source), "rows": rows, "counts": counts, "model": tree_digest(out / "model")}
+    facts: dict[str, Any] = {
+        "parent": tree_digest(source),
+        "rows": rows,
+        "counts": counts,
+        "model": tree_digest(out / "model"),
+    }
     facts |= {"settings": asdict(settings), "processes": world.size, "device": device.type, "versions": versions}
     write_json(out / "run.json", facts)
     shutil.rmtree(out / ".scratch", ignore_errors=True)

@@ -12,6 +12,7 @@ from springhead.llm import decoders, packing, sft
 from springhead.llm.generation import Decoding, generate_ids
 from springhead.llm.packing import Example
 from springhead.llm.sft import SftConfig
+from tests.llm.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 CONFIG = SftConfig(steps=2, batch_tokens=80, learning_rate=1e-3)
@@ -29,7 +30,9 @@ PACKING: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 """Architectures whose rows can be packed, with settings of their own."""
-PADDED: dict[str, dict[str, Any]] = {"gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0}}
+PADDED: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0, "vocab_size": len(tiny_tokenizer())}
+}
 """Architectures that shape their scores in ways of their own."""
 
 
@@ -38,7 +41,7 @@ def make(kind: str, changes: dict[str, Any]) -> PreTrainedModel:
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+        return AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def rows(*lengths: int) -> list[Example]:
@@ -88,7 +91,9 @@ def test_other_attention_is_told_apart_trained_padded_and_decoded_by_the_library
     with torch.no_grad():
         alone = sum(float(sft.loss_sum(model, packing.pad([row]))) for row in given)
     assert float(sft.loss_sum(model, packing.pad(given))) == pytest.approx(alone, rel=1e-4)
-    _, history = sft.train(model, given, given, replace(CONFIG, packing=False), 0)
+    samples = sft.Samples(tiny_tokenizer(), ["Ana"], max_new_tokens=3)
+    _, history = sft.train(model, given, given, replace(CONFIG, packing=False), 0, samples=samples)
+    assert len(samples.taken) == 1
     weight = sum(sft.target_weight(row, 0.0) for row in given)
     assert history[0]["train_loss"] == pytest.approx(alone / weight, rel=1e-3)
 

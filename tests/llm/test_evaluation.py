@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_json, write_jsonl
+from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
 from springhead.llm import evaluation, mend, problems, students
 from springhead.llm.sft import SftConfig
@@ -129,7 +129,7 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-TUNING = finetune.Tuning(SftConfig(steps=3, batch_tokens=150, learning_rate=1e-3), 200, "error", 0, 4, "cpu")
+TUNING = finetune.Tuning(SftConfig(steps=3, batch_tokens=150, learning_rate=1e-3), 200, "error", 0, 4, "cpu", 2, 8)
 
 
 def tune(world: Path, out: Path, method: str, seed: int):
@@ -150,6 +150,10 @@ def test_finetune_stage_trains_on_its_method_and_reports(world: Path, tmp_path: 
     assert [line["step"] for line in lines] == ["1", "2", "3"]
     assert [bool(line["eval_loss"]) for line in lines] == [False, False, True]
     assert tree_digest(stage.out / "model") != tree_digest(world / "students")
+    samples = list(read_jsonl(stage.out / "samples.jsonl"))
+    asked = {row["id"]: row["prompt"] for row in read_jsonl(world / "filter/eval.jsonl")}
+    assert [(s["step"], s["prompt"]) for s in samples] == [(3, asked[s["row"]]) for s in samples]
+    assert len(samples) == 2
     again = tune(world, tmp_path / "again", "mend", 0)
     assert tree_digest(again.out) == tree_digest(stage.out)
     assert tune(world, tmp_path / "sft", "sft", 0).record.metrics["rows"] == 12

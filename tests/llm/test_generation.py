@@ -57,11 +57,11 @@ def test_top_p_draws_only_from_the_nucleus_with_the_right_frequencies():
     import numpy as np
 
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    generators = [np.random.default_rng(0)]
-    draws = [generation.choose(logits, Decoding(temperature=1.0, top_p=0.75), generators)[0] for _ in range(4000)]
+    generators = [np.random.default_rng(k) for k in range(4000)]
+    draws = generation.choose(logits.repeat(4000, 1), Decoding(temperature=1.0, top_p=0.75), generators)
     assert set(draws) == {0, 1}
     assert draws.count(0) / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
-    cold = [generation.choose(logits, Decoding(temperature=0.05), generators)[0] for _ in range(50)]
+    cold = generation.choose(logits.repeat(50, 1), Decoding(temperature=0.05), generators[:50])
     assert set(cold) == {0}
 
 
@@ -121,10 +121,10 @@ def test_cuts_of_the_distribution_keep_the_right_frequencies():
     import numpy as np
 
     shares = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    generators = [np.random.default_rng(1)]
+    generators = [np.random.default_rng(k) for k in range(3000)]
 
     def drawn(decoding: Decoding) -> list[float]:
-        draws = [generation.choose(shares.log(), decoding, generators)[0] for _ in range(3000)]
+        draws = generation.choose(shares.log().repeat(3000, 1), decoding, generators)
         return [draws.count(token) / 3000 for token in range(4)]
 
     assert drawn(Decoding(temperature=1.0)) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.04)

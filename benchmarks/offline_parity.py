@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rl_sides import OURS, PEERS
 
 from springhead.jsonio import canonical, read_json, write_json
 from springhead.rl.dataset import Dataset, read_dsrl
+from springhead.rl.offline.training import Trained
 from springhead.rl.tasks import Task, task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,77 +157,103 @@ def our_settings(chosen: Settings, mode: str, algorithm: str) -> Any:
 
 
 def run_ours(arguments: argparse.Namespace) -> None:
-    """Runs what ours has not run yet: all seeds and limits of a task, algorithm and mode in one training."""
+    """Runs what ours has not run yet: the seeds and limits of a task, algorithm and mode in one training."""
     chosen = settings()
     files = data_files(arguments.data, chosen["tasks"])
-    for task_name in chosen["tasks"]:
-        for algorithm in chosen["ours"]:
-            for mode in ("released", "intended"):
-                asked = {"task": task_name, "algorithm": algorithm, "mode": mode}
+    for mode in ("released", "intended"):
+        for name in chosen["tasks"]:
+            for algorithm in chosen["ours"]:
+                asked = {"task": name, "algorithm": algorithm, "mode": mode}
                 if all(not getattr(arguments, key) or value in getattr(arguments, key) for key, value in asked.items()):
-                    train_ours(chosen, mode, task_name, algorithm, files[task_name], arguments)
+                    limits = [one for one in chosen["limits"] if not arguments.limit or one in arguments.limit]
+                    train_ours(chosen, mode, task(name), algorithm, limits, files[name], arguments)
 
 
 def train_ours(
-    chosen: Settings, mode: str, task_name: str, algorithm: str, file: tuple[Path, str], arguments: argparse.Namespace
+    chosen: Settings,
+    mode: str,
+    of: Task,
+    algorithm: str,
+    limits: list[float],
+    file: tuple[Path, str],
+    arguments: argparse.Namespace,
 ) -> None:
-    """Trains the members of one table row block, evaluates them and writes a result file per seed."""
+    """Trains the members that have no results, evaluates them and writes a result file for each."""
     import torch
 
     from springhead.progress import Progress
-    from springhead.rl.evaluation import Job, episode_seeds, run_jobs
+    from springhead.rl.offline.algorithms import entry
     from springhead.rl.offline.training import train
-    from springhead.rl.policy import save_model
 
     torch.set_num_threads(1)
-    config = our_settings(chosen, mode, algorithm)
-    path, digest = file
-    name = f"{mode}-{task_name}-{algorithm}"
-    facts = {
-        "side": mode, "algorithm": algorithm, "task": task_name, "data_sha256": digest, "steps": config.steps,
-        "parameters": plain(asdict(config)),
-    }  # fmt: skip
-    paths = {seed: arguments.results / f"{name}-{seed}.json" for seed in chosen["seeds"]}
-    if all(one.exists() and canonical(_only(read_json(one), facts)) == canonical(facts) for one in paths.values()):
+    config, (path, digest), name = our_settings(chosen, mode, algorithm), file, f"{mode}-{of.name}-{algorithm}"
+    facts = {"side": mode, "algorithm": algorithm, "task": of.name, "data_sha256": digest, "steps": config.steps}
+    facts["parameters"] = {key: value for key, value in plain(asdict(config)).items() if key != "limits"}
+    seeds = chosen["seeds"]
+    if not entry(algorithm).by_limit:
+        limits = [ALL_LIMITS]
+
+    def result(limit: float, seed: int) -> Path:
+        found: Path = arguments.results / f"{name}-{limit or 'all'}-{seed}.json"
+        return found
+
+    def has_result(limit: float, seed: int) -> bool:
+        one = result(limit, seed)
+        return one.exists() and canonical({key: read_json(one)[key] for key in facts}) == canonical(facts)
+
+    todo = [limit for limit in limits if not all(has_result(limit, seed) for seed in seeds)]
+    if not todo:
         print(f"{name}: has results")
         return
+    if todo != [ALL_LIMITS]:
+        config = replace(config, limits=tuple(todo))
     scratch = arguments.data / "scratch" / name
     shutil.rmtree(scratch, ignore_errors=True)  # of other settings, maybe
-    of, data = task(task_name), read_dsrl(path)
-    started = time.perf_counter()
+    data, started = read_dsrl(path), time.perf_counter()
     with Progress(config.steps, name) as bar:
         trained = train(
-            algorithm, data.episodes(), of, config, chosen["seeds"], scratch,
-            lambda step, figures: bar.advance(step - bar.done),
-        )  # fmt: skip
+            algorithm, data.episodes(), of, config, seeds, scratch, lambda step, figures: bar.advance(step - bar.done)
+        )
     seconds = time.perf_counter() - started
-    probes = probe(algorithm, data, of, config, chosen["seeds"], scratch)
-    starts = episode_seeds(20261124, chosen["episodes"])
-    for seed, model in zip(chosen["seeds"], trained, strict=True):
+    probes = probe(algorithm, data, of, config, seeds, scratch)
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    for seed, model in zip(seeds, trained, strict=True):
         folder = arguments.data / "models" / f"{name}-{seed}"
-        shutil.rmtree(folder, ignore_errors=True)
-        save_model(folder, model.config, model.files)
-        outcomes = run_jobs([Job(task_name, folder, limit, starts, 10) for limit in chosen["limits"]], 1)
-        result = {
-            **facts, "seed": seed, "seconds_all_members": round(seconds, 1),
-            "evaluations": [
-                {"limit": limit, "returns": np.round(one.returns, 4).tolist(), "costs": np.round(one.costs, 4).tolist()}
-                for limit, one in zip(chosen["limits"], outcomes, strict=True)
-            ],
-            "courses": {
-                key: [[int(row["step"]), round(row[key], 4)] for row in model.history]
-                for key in model.history[0]
-                if key != "step" and key.startswith(tuple(chosen["ours"][algorithm].get("courses", ["-"])))
-            },
-            "probe": probes.get(seed, {}),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        }  # fmt: skip
-        write_json(paths[seed], result)
+        for limit in todo:
+            found = {
+                **facts, "seed": seed, "limit": limit, "versions": versions,
+                "evaluations": evaluate(model, of, folder, [limit] if limit else chosen["limits"], chosen["episodes"]),
+                "courses": courses(model, chosen["ours"][algorithm].get("courses", []), limit),
+                "probe": probes.get(seed, {}).get(limit, {}),
+            }  # fmt: skip
+            result(limit, seed).write_bytes(canonical(found) + b"\n")
     print(f"{name}: {seconds:.0f} s for all members, {time.perf_counter() - started:.0f} s with evaluation", flush=True)
 
 
-def _only(found: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    return {key: found.get(key) for key in like}
+def evaluate(model: Trained, of: Task, folder: Path, limits: list[float], episodes: int) -> list[dict[str, Any]]:
+    """Whole episodes of a seed's model under each limit, from starts of that seed's own, as on OSRL's side."""
+    from springhead.rl.evaluation import Job, episode_seeds, run_jobs
+    from springhead.rl.policy import save_model
+
+    shutil.rmtree(folder, ignore_errors=True)
+    save_model(folder, model.config, model.files)
+    starts = episode_seeds(20261124 + int(model.config["seed"]), episodes)
+    outcomes = run_jobs([Job(of.name, folder, limit, starts, 10) for limit in limits], 1)
+    return [
+        {"limit": limit, "returns": np.round(one.returns, 4).tolist(), "costs": np.round(one.costs, 4).tolist()}
+        for limit, one in zip(limits, outcomes, strict=True)
+    ]
+
+
+def courses(model: Trained, names: list[str], limit: float) -> dict[str, list[list[float]]]:
+    """The courses of some figures of a seed's member, by name without its limit."""
+    suffix = f"-limit-{limit:g}" if limit else ""
+    kept = {name: name + suffix for name in names}
+    return {
+        name: [[int(row["step"]), round(row[key], 4)] for row in model.history]
+        for name, key in kept.items()
+        if key in model.history[0]
+    }
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +264,7 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def probe(
     algorithm: str, data: Dataset, of: Task, config: Any, seeds: list[int], scratch: Path
-) -> dict[int, dict[str, dict[str, float]]]:
+) -> dict[int, dict[float, dict[str, float]]]:
     """CPQ's cost critic, by seed and limit: its mean for the data's actions and for uniform ones, as on OSRL's side."""
     import torch
 
@@ -257,14 +284,14 @@ def probe(
     generator = np.random.default_rng(0)
     rows = generator.integers(len(data.rewards), size=4096)
     actions = {"data": data.actions[rows], "uniform": generator.uniform(-1, 1, (4096, of.action_dim))}
-    probed: dict[int, dict[str, dict[str, float]]] = {seed: {} for seed in seeds}
+    probed: dict[int, dict[float, dict[str, float]]] = {seed: {} for seed in seeds}
     for name, values in actions.items():
         inputs = np.concatenate([data.observations[rows], values], axis=1).astype(np.float32)
         with torch.no_grad():
             costs = made.cost_critics(torch.from_numpy(inputs).expand(len(members), -1, -1))
         worst = costs.amax(1) if config.cost_ensemble == "max" else costs.amin(1)
         for member, value in zip(members, worst.mean(1).tolist(), strict=True):
-            probed[member.seed].setdefault(f"{member.cost_limit:g}", {})[f"cost_value_{name}"] = round(value, 4)
+            probed[member.seed].setdefault(member.cost_limit or 0.0, {})[f"cost_value_{name}"] = round(value, 4)
     return probed
 
 
@@ -281,8 +308,10 @@ def main() -> None:
     for command in (osrl, ours):
         command.add_argument("--algorithm", action="append", help="only this one; may be given again")
         command.add_argument("--task", action="append", help="only this one; may be given again")
+        command.add_argument(
+            "--limit", action="append", type=float, help="only this one; 0: models of all limits (OSRL)"
+        )
     osrl.add_argument("--seed", action="append", type=int)
-    osrl.add_argument("--limit", action="append", type=float, help="0: the models that serve all limits")
     ours.add_argument("--mode", action="append", choices=("released", "intended"))
     for command in (osrl, ours, shower):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")

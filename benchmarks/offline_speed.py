@@ -7,8 +7,9 @@
 Each side is a process of its own on the same cores, warm, and they take turns. A turn of OSRL's is the loop of its
 scripts with its own data loader, in the process (0 workers) and with the 8 workers of its scripts, its logger replaced
 by one that does nothing; the faster of the two counts. Ours is ``Learner.update`` with the figures read every tenth
-step, as in training. The file is made by ``offline_parity.py data``. ``members`` are models trained side by side: the
-last columns set 16 of them beside one. Batches of CDT are sequences; OSRL needs seconds for one of the paper's 2048.
+step, as in training. On a loaded machine the ratio of processor times tells more than that of the rates. ``members``
+are models trained side by side: the last columns set 16 of them beside one. Batches of CDT are sequences; OSRL needs
+seconds for one of the paper's 2048. The file is made by ``offline_parity.py data``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 from rl_sides import OURS, PEERS, Side, machine, peer_versions, serve
 
 HERE = Path(__file__).resolve()
-PAPER = {
+PAPER: dict[str, dict[str, Any]] = {
     "bc-safe": {"batch_size": 512, "hidden": [256, 256]},
     "bcq-lag": {"batch_size": 512, "hidden": [256, 256], "vae_hidden": [400, 400]},
     "bear-lag": {"batch_size": 512, "hidden": [256, 256], "vae_hidden": [400, 400]},
@@ -141,13 +142,14 @@ def measure(options: argparse.Namespace, path: Path, sizes: dict[str, dict[str, 
             ours.append({**common, **job, "members": members, "device": options.device})
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     print("| algorithm | sizes | OSRL, updates/s | loader | ours, updates/s | ours / OSRL | lowest, highest turn "
+          "| by processor time "
           f"| ours, {options.members} members: member-updates/s | / one member | / OSRL |")  # fmt: skip
-    print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
         for name, listed in (("peers", peers), ("ours", ours)):
             Path(folder, f"{name}.json").write_text(json.dumps(listed), encoding="utf-8")
-        left = Side("osrl", PEERS, [HERE.with_name("osrl_side.py"), "speed", f"{folder}/peers.json"], cores)
-        right = Side("ours", OURS, [HERE, "side", f"{folder}/ours.json"], cores)
+        left = Side("osrl", PEERS, [str(HERE.with_name("osrl_side.py")), "speed", f"{folder}/peers.json"], cores)
+        right = Side("ours", OURS, [str(HERE), "side", f"{folder}/ours.json"], cores)
         for algorithm in sizes:
             _row(algorithm, sizes[algorithm], left, right, options)
         for one in (left, right):
@@ -155,8 +157,11 @@ def measure(options: argparse.Namespace, path: Path, sizes: dict[str, dict[str, 
 
 
 def _row(algorithm: str, sizes: dict[str, Any], left: Side, right: Side, options: argparse.Namespace) -> None:
+    processor: dict[str, list[float]] = {}
+
     def rate(one: Side, name: str) -> float:
         found = one.ask(keep=False, name=name, updates=1_000_000, seconds=options.seconds)
+        processor.setdefault(one.name + name, []).append(found["cpu"] / found["steps"])
         return float(found["steps"] / found["seconds"])
 
     def warm(one: Side, name: str) -> None:
@@ -167,7 +172,9 @@ def _row(algorithm: str, sizes: dict[str, Any], left: Side, right: Side, options
         warm(left, f"{algorithm}/{workers}")
         loaders[workers] = rate(left, f"{algorithm}/{workers}")
     best = max(loaders, key=lambda workers: loaders[workers])
-    theirs, own, name = [], [], f"{algorithm}/1"
+    theirs: list[float] = []
+    own: list[float] = []
+    name = f"{algorithm}/1"
     warm(left, f"{algorithm}/{best}")
     warm(right, name)
     for turn in range(options.turns):
@@ -179,10 +186,11 @@ def _row(algorithm: str, sizes: dict[str, Any], left: Side, right: Side, options
     warm(right, together)
     several = statistics.median(rate(right, together) for _ in range(options.turns)) * options.members
     text = ", ".join(f"{key} {value}" for key, value in sizes.items())
+    cpu = [statistics.median(processor[key]) for key in (f"osrl{algorithm}/{best}", f"ours{name}")]
     a, b = statistics.median(theirs), statistics.median(own)
     print(f"| {algorithm} | {text} | {a:.2f} | {best} workers | {b:.2f} | **{statistics.median(ratios):.1f}** "
-          f"| {min(ratios):.1f}, {max(ratios):.1f} | {several:.1f} | {several / b:.1f} | {several / a:.1f} |",
-          flush=True)  # fmt: skip
+          f"| {min(ratios):.1f}, {max(ratios):.1f} | {cpu[0] / cpu[1]:.1f} | {several:.1f} | {several / b:.1f} "
+          f"| {several / a:.1f} |", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -207,8 +215,7 @@ def main() -> None:
     path, _ = data_files(options.data, [options.task])[options.task]
     sizes: dict[str, dict[str, Any]] = {} if options.small else PAPER
     if options.small:
-        for name, own in chosen["ours"].items():
-            sizes[name] = {key: own["shared"][key] for key in PAPER[name]}
+        sizes = {name: {key: own["shared"][key] for key in PAPER[name]} for name, own in chosen["ours"].items()}
     sizes = {name: sizes[name] for name in sizes if name in (options.only or [name])}
     if options.profile:
         for name, own in sizes.items():

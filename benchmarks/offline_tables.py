@@ -12,7 +12,7 @@ from springhead.rl.lagrangian import q_threshold
 from springhead.rl.tasks import task
 
 SIDES = ("osrl", "released", "intended")
-T_BOUNDS = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306}
+T_BOUNDS = {2: 4.303, 3: 3.182, 4: 2.776}
 """Two-sided 5 % bounds of Student's t by degrees of freedom: seeds of both sides less two."""
 
 
@@ -91,8 +91,8 @@ def tables(folder: Path, settings: dict[str, Any]) -> str:
                 osrl, released, intended = (found.get((name, algorithm, limit, side)) for side in SIDES)
                 parts = [algorithm, f"{limit:g}", osrl.text() if osrl else "– | –"]
                 parts.append(released.text() if released else "– | –")
-                if osrl and len(osrl.returns) < len(settings["seeds"]):
-                    osrl = None  # nothing to judge by yet
+                if osrl and len(osrl.returns) < 2:
+                    osrl = None  # no spread to judge by
                 if osrl and released:
                     t = [t_value(a, b) for a, b in ((released.returns, osrl.returns), (released.costs, osrl.costs))]
                     agrees = max(map(abs, t)) < bound(osrl, released)
@@ -129,9 +129,9 @@ def constraints(results: list[dict[str, Any]], settings: dict[str, Any]) -> list
     order = sorted(rows, key=lambda key: (*key[:3], SIDES.index(key[3])))
     for key in order:
         means = [statistics.mean(column) for column in zip(*rows[key], strict=True)]
-        values = ["–" if value != value else f"{value:.3g}" for value in means]
+        texts = ["–" if value != value else f"{value:.3g}" for value in means]
         algorithm, name, limit, side = key
-        lines.append(f"| {algorithm} | {name} | {limit:g} | {side} | {' | '.join(values)} |")
+        lines.append(f"| {algorithm} | {name} | {limit:g} | {side} | {' | '.join(texts)} |")
     return lines
 
 
@@ -141,19 +141,19 @@ def _constraint(result: dict[str, Any]) -> list[tuple[float, list[float]]]:
     found = []
     for one in result["evaluations"]:
         limit = one["limit"]
-        probe = result["probe"] if result["side"] == "osrl" else result["probe"].get(f"{limit:g}", {})
+        probe = result["probe"]
         values = [probe.get(f"cost_value_{key}", nan) for key in ("data", "uniform")]
         sum_threshold = q_threshold(limit, of.horizon, 0.99)
         if result["algorithm"] == "cpq":
-            multiplier = _course(courses, "alpha_value" if result["side"] == "osrl" else f"alpha-limit-{limit:g}")
+            multiplier = _course(courses, "alpha_value" if result["side"] == "osrl" else "alpha")
             found.append((limit, [*_ends(multiplier), nan, sum_threshold, *values]))
             continue
         if result["side"] == "osrl":  # its loss is multiplier x (threshold - cost)
             multiplier, loss = _course(courses, "lmbda"), _course(courses, "lmbda_loss")
             cost = sum_threshold - statistics.mean(a / b for a, b in zip(loss[-5:], multiplier[-5:], strict=True))
         else:
-            multiplier = _course(courses, f"lambda-limit-{limit:g}")
-            cost = statistics.mean(_course(courses, f"cost-limit-{limit:g}")[-5:])
+            multiplier = _course(courses, "lambda")
+            cost = statistics.mean(_course(courses, "cost")[-5:])
         threshold = limit / of.horizon if result["side"] == "intended" else sum_threshold
         found.append((limit, [*_ends(multiplier), cost, threshold, *values]))
     return found

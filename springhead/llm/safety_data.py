@@ -134,7 +134,10 @@ def grouped(bases: Sequence[Base], threshold: float) -> list[Base]:
     Two prompts are near-duplicates from a Jaccard index of their words of `threshold` on; a prompt joins the group of
     the earlier prompt that it is most similar to.
     """
-    unique = list({" ".join(b.prompt.lower().split()): b for b in reversed(bases)}.values())[::-1]
+    first: dict[str, Base] = {}
+    for found in bases:
+        first.setdefault(" ".join(found.prompt.lower().split()), found)
+    unique = list(first.values())
     twins = earlier_twins([ngrams([b.prompt.lower()], 1) for b in unique], threshold)
     group: list[str] = []
     for index, found in enumerate(unique):

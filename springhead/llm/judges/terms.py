@@ -29,7 +29,7 @@ _COMMON = frozenset(
 FROM_PROMPT, NUMBER = "<prompt>", "<number>"
 BEGINNING = 60
 """Tokens of the first view."""
-SENTENCES, SENTENCE_TOKENS = 3, 40
+SENTENCES, SENTENCE_TOKENS = 4, 40
 """The second view: the first sentences, each marked by its place, each cut to so many tokens."""
 LONGEST = 3
 """Words of the longest n-gram."""

@@ -27,7 +27,7 @@ from springhead.rl.offline.sequences import Batch, Sampler, Scheme, to_go
 from springhead.rl.offline.training import Trained, train
 from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
 from springhead.rl.policy import load_policy, save_model
-from tests.rl.offline_data import BALL, dataset, episode, spread
+from tests.rl.offline_data import BALL, dataset, spread
 
 pytestmark = pytest.mark.unit
 SMALL = cdt.CDTSettings(
@@ -447,7 +447,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(tmp_path: Path) 
 
 def test_small_and_flat_data_sets_train(tmp_path: Path) -> None:
     one = replace(SMALL, steps=2)
-    for number, episodes in enumerate(([episode(5.0, 1)], dataset([(1.0, 4), (2.0, 4), (3.0, 4)]))):
+    for number, episodes in enumerate((dataset([(1.0, 4), (2.0, 5)]), dataset([(2.0, 4), (2.0, 4), (2.0, 5)]))):
         assert run(tmp_path / str(number), one, episodes).history[-1]["step"] == 2
 
 

@@ -237,12 +237,12 @@ def test_on_a_small_cmdp_the_weights_are_those_of_the_constrained_optimum(limit:
     )  # fmt: skip
     made = COptiDICE("coptidice", flat, task, settings, [Member(0, limit)])
     ratios = []
-    for step in range(1, 1001):
-        if step == 600:
+    for step in range(1, 701):
+        if step == 420:
             for group in made.optimisers["adam"].param_groups:
                 group["lr"] *= 0.1
         figures = made.update(step)
-        if step > 800:
+        if step > 550:
             with torch.no_grad():
                 nu = made.values(torch.eye(STATES)[None])[0, 0].numpy()
             e = REWARDS - float(figures["lambda"]) * COSTS + GAMMA * nu[GO] - nu[:, None]

@@ -23,7 +23,7 @@ from tests.rl.offline_data import BALL, dataset, spread
 
 pytestmark = pytest.mark.unit
 SMALL = BCSettings(steps=12, batch_size=8, hidden=(8,), checkpoint_every=5, report_every=4, policies=2)
-CONSTRAINED = ("bcq-lag", "bear-lag", "cpq", "coptidice")
+CONSTRAINED = ("bcq-lag", "bear-lag", "cdt", "coptidice", "cpq")
 
 
 def train(
@@ -122,7 +122,7 @@ def test_generators_of_members_do_not_depend_on_companions() -> None:
 def test_data_from_which_no_constraint_can_be_learned_are_refused_before_training(
     name: str, episodes: list[Episode], message: str, tmp_path: Path
 ) -> None:
-    made = entry(name).settings_class()(steps=2, batch_size=4, hidden=(8,))
+    made = entry(name).settings_class()(steps=2, batch_size=4)
     with pytest.raises(BadInput, match=f"{name} on BallCircle: {message}"):
         train(name, episodes, made, tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()

@@ -8,11 +8,11 @@ from torch.distributions import Normal, kl_divergence
 
 from springhead.errors import BadInput
 from springhead.params import load
+from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.networks import Moments
 from springhead.rl.online.advantages import gae, standardise
 from springhead.rl.online.algorithms import ALGORITHMS, algorithm
 from springhead.rl.online.contract import Figures
-from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.online.ppo_lag import PPOLagConfig
 from springhead.rl.online.rollouts import sampled_actions
 from springhead.rl.online.training import feasible_first

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from springhead.errors import BadInput
-from springhead.rl.offline.batches import Flat
+from springhead.rl.offline.batches import Flat, check_constraint
 from springhead.rl.offline.contract import (
     Generators,
     Member,
@@ -182,6 +182,7 @@ class CDT:
     """One transformer for each seed, each with batches, augmentation and dropout of its own."""
 
     def __init__(self, name: str, data: Flat, task: Task, settings: CDTSettings, members: Sequence[Member]) -> None:
+        check_constraint(name, data, task, settings.limits or task.limits)
         self.members, self.task, self.settings = members, task, settings
         seeds = [member.seed for member in members]
         self.scheme = _scheme(settings, task, float(np.abs(data.returns).max()))

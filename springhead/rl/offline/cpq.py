@@ -5,16 +5,19 @@ from memory of the paper and from OSRL's code, which was read, not copied. Actio
 unsafe, and unsafe actions are worth nothing. With q the threshold of the episode limit, D(s, a) the divergence of an
 action model's latent variable from its prior, and [.] 1 where true, else 0:
 
-  cost critics    y_c = c + gamma Qc'(s', a'), a' of the policy; and where D(s, a) is in the highest quarter of ten
-                  actions of the policy for each state, a gain alpha Qc(s, a)
+  cost critics    y_c = c + gamma Qc'(s', a'), a' of the policy; and where D(s, a) is high among ten actions of the
+                  policy for each state, a gain alpha Qc(s, a)
   reward critics  y = r + gamma [Qc'(s', a') <= q] Q'(s', a')
   policy          maximises [Qc(s, a) <= q] Q(s, a)
   alpha           log alpha grows by rate alpha (1.5 q - mean Qc of those actions) and stays within [-5, 5]
 
 Deviations, with reasons in ``docs/methods/cpq.md``; settings bring OSRL's behaviour back:
   1. The gain of unsupported actions has a gradient: it is of the live cost critics, on actions within bounds, and its
-     mean is over those actions (``unsupported``). In OSRL it has no gradient, so that nothing depends on it or alpha;
-     it is not computed then.
+     mean is over those actions. Unsupported is a divergence above 95 % of those of the data's actions, at most a
+     quarter of all; the quarter itself, as in OSRL, would be there still when the policy is the data's. y_c takes an
+     action of the action model in place of an unsupported a', which counts as unsafe: the raised values do not come
+     into those of supported actions, which would soon be as high (``unsupported``). In OSRL the gain has no gradient,
+     so that nothing depends on it or alpha; it is not computed then.
   2. The indicator in the policy's objective has no gradient, so nothing moves an action that is judged unsafe. Here
      its cost value falls: the objective there is -w (Qc(s, a) - q), w = mean |Q| / max(q, 1), which is continuous in
      Qc and puts the cost's excess on the scale of what is lost by it (``actor_gradient``).
@@ -25,7 +28,6 @@ Deviations, with reasons in ``docs/methods/cpq.md``; settings bring OSRL's behav
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,7 +41,7 @@ from springhead.rl.offline.candidates import CandidateSettings, each_with, evalu
 from springhead.rl.offline.contract import Generators, Member, above_zero, at_least, fraction
 from springhead.rl.offline.gaussian import SquashedGaussian
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak
-from springhead.rl.offline.vae import LOG_STD_RANGE, ActionVAE, kl_from_prior
+from springhead.rl.offline.vae import LOG_STD_RANGE, PRIOR_CLIP, ActionVAE, kl_from_prior
 from springhead.rl.tasks import Task
 
 LOG_ALPHA_RANGE = (-5.0, 5.0)
@@ -55,8 +57,10 @@ class CPQSettings(CandidateSettings):
     """Of Adam, for the policy."""
     alpha_learning_rate: float = 1e-4
     """Of the weight of unsupported actions."""
-    quantile: float = 0.75
-    """Of the divergence: actions above it count as unsupported."""
+    quantile: float = 0.95
+    """Of the divergences of the data's actions: actions of the policy above it count as unsupported."""
+    share: float = 0.25
+    """Of the policy's drawn actions: at most so many, those of the highest divergence, count as unsupported."""
     margin: float = 1.5
     """What the cost value of unsupported actions shall be, in thresholds."""
     unsupported: Literal["penalised", "released"] = "penalised"
@@ -69,7 +73,7 @@ class CPQSettings(CandidateSettings):
         at_least(1, self, "critics")
         at_least(0, self, "alpha_learning_rate")
         above_zero(self, "margin")
-        fraction(self, "quantile")
+        fraction(self, "quantile", "share")
 
 
 class CPQ:
@@ -115,77 +119,97 @@ class CPQ:
         self.sampler = Sampler(
             data, self.generators["batches"], settings.batch_size, reward_scale=settings.reward_scale
         )
-        pairs = settings.batch_size * settings.samples
-        # As many as are at or above the quantile, linearly interpolated, of so many different numbers.
-        self.number_unsupported = pairs - math.ceil(settings.quantile * (pairs - 1))
+        self.number = max(1, round(settings.share * settings.batch_size * settings.samples))
+
+    def divergence(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Divergence of the latent variable from its prior without gradients, (members, rows)."""
+        mean, log_std = evaluate(self.vae.encoder, pair(observations, actions))[:, 0].chunk(2, dim=-1)
+        return kl_from_prior(mean, log_std.clamp(*LOG_STD_RANGE))
 
     @torch.no_grad()
-    def targets(self, batch: Batch, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(
+        self, batch: Batch, noise: torch.Tensor, latent: torch.Tensor, bound: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets of reward critics and of cost critics, (members, batch) each.
 
         Args:
             batch: Transitions.
             noise: Standard normal, (members, batch, action_dim).
+            latent: Of the action model's actions, (members, batch, latent_dim).
+            bound: Divergence of the least unsupported action, (members, 1).
         """
-        settings = self.settings
-        mean, log_std = self.actor(batch.next_observations)
-        inputs = pair(batch.next_observations, (mean + log_std.exp() * noise).tanh_())
-        following = evaluate(self.target_critics, inputs).squeeze(-1).amin(1)
-        costs = evaluate(self.target_cost_critics, inputs).squeeze(-1)
+        settings, states = self.settings, batch.next_observations
+        mean, log_std = self.actor(states)
+        actions = (mean + log_std.exp() * noise).tanh_()
+        following = evaluate(self.target_critics, pair(states, actions)).squeeze(-1).amin(1)
+        supported = torch.ones_like(batch.costs, dtype=torch.bool)
+        if settings.unsupported == "penalised":
+            supported = self.divergence(states, actions) < bound
+            decoded = evaluate(self.vae.decoder, pair(states, latent))[:, 0].tanh_()
+            actions = torch.where(supported.unsqueeze(-1), actions, decoded)
+        costs = evaluate(self.target_cost_critics, pair(states, actions)).squeeze(-1)
         costly = costs.amin(1) if settings.cost_ensemble == "min" else costs.amax(1)
         rewards_go_on, costs_go_on = goes_on(batch, settings)
-        safe = costly <= self.threshold[:, None]
+        safe = supported & (costly <= self.threshold[:, None])
         return (
             batch.rewards + settings.discount * rewards_go_on * safe * following,
             batch.costs + settings.discount * costs_go_on * costly,
         )
 
     @torch.no_grad()
-    def unsupported(
+    def suspects(
         self, observations: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """States and actions of the policy in the highest part of the divergence, (members, unsupported, width).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and actions of the policy in the highest part of the divergence, and their divergences.
 
         Args:
             observations: (members, batch, observation_dim).
             mean: Of the policy there, before tanh, (members, batch, action_dim).
             log_std: Likewise.
             noise: Standard normal, (members, batch, samples, action_dim).
+
+        Returns:
+            (members, suspects, width) and (members, suspects).
         """
         actions = (mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * noise).tanh_().flatten(1, 2)
-        inputs = pair(each_with(observations, noise.shape[2]), actions)
-        latent_mean, latent_log_std = evaluate(self.vae.encoder, inputs)[:, 0].chunk(2, dim=-1)
-        divergence = kl_from_prior(latent_mean, latent_log_std.clamp(*LOG_STD_RANGE))
-        rows = divergence.topk(self.number_unsupported, dim=1, sorted=False).indices
-        return inputs.gather(1, rows.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))
+        states = each_with(observations, noise.shape[2])
+        highest, rows = self.divergence(states, actions).topk(self.number, dim=1, sorted=False)
+        inputs = pair(states, actions)
+        return inputs.gather(1, rows.unsqueeze(-1).expand(-1, -1, inputs.shape[-1])), highest
 
     def update(self, step: int) -> dict[str, torch.Tensor]:
         """Takes one step of the action model, the critics and alpha, and the policy, in this order."""
         settings, noise = self.settings, self.generators["noise"]
         rows, action_dim = settings.batch_size, self.task.action_dim
         batch = self.sampler.draw()
-        vae_loss, _ = self.vae.loss(
-            batch.observations, batch.actions, noise.normal(rows, self.vae.latent_dim), settings.vae_beta
+        latent_dim = self.vae.latent_dim
+        vae_loss, known = self.vae.loss(
+            batch.observations, batch.actions, noise.normal(rows, latent_dim), settings.vae_beta
         )
         self._descend("vae", vae_loss)
 
         mean, log_std = self.actor(batch.observations)
-        wanted, cost_wanted = self.targets(batch, noise.normal(rows, action_dim))
+        bound = known.detach().quantile(settings.quantile, dim=1, keepdim=True)
+        latent = noise.normal(rows, latent_dim).clamp_(-PRIOR_CLIP, PRIOR_CLIP)
+        wanted, cost_wanted = self.targets(batch, noise.normal(rows, action_dim), latent, bound)
         inputs = pair(batch.observations, batch.actions)
         errors = (self.critics(inputs) - wanted.unsqueeze(1)).square().mean(2).sum(1)
         log_alpha = self.modules.get_buffer("log_alpha")
-        alpha, excess = log_alpha.exp(), torch.zeros_like(log_alpha)
+        alpha, excess, share = log_alpha.exp(), torch.zeros_like(log_alpha), torch.zeros_like(log_alpha)
         if settings.unsupported == "penalised":
             drawn = noise.normal(rows, settings.samples, action_dim)
-            inputs = torch.cat([inputs, self.unsupported(batch.observations, mean, log_std, drawn)], dim=1)
-        costs = self.cost_critics(inputs)
-        cost_errors = (costs[..., :rows] - cost_wanted.unsqueeze(1)).square().mean(2).sum(1)
-        if settings.unsupported == "penalised":
-            excess = costs[..., rows:].mean(2) - settings.margin * self.threshold[:, None]
+            suspects, divergence = self.suspects(batch.observations, mean, log_std, drawn)
+            unsupported = (divergence >= bound).float()
+            share = unsupported.sum(1) / (rows * settings.samples)
+            costs = self.cost_critics(torch.cat([inputs, suspects], dim=1))
+            cost_errors = (costs[..., :rows] - cost_wanted.unsqueeze(1)).square().mean(2).sum(1)
+            beyond = (costs[..., rows:] - settings.margin * self.threshold[:, None, None]) * unsupported.unsqueeze(1)
+            excess = beyond.sum(2) / unsupported.sum(1, keepdim=True).clamp(min=1)
             self._descend("critics", errors + cost_errors - alpha * excess.sum(1))
             excess = excess.detach().mean(1)
             log_alpha.sub_(settings.alpha_learning_rate * alpha * excess).clamp_(*LOG_ALPHA_RANGE)
         else:
+            cost_errors = (self.cost_critics(inputs) - cost_wanted.unsqueeze(1)).square().mean(2).sum(1)
             self._descend("critics", errors + cost_errors)
 
         actions = (mean + log_std.exp() * noise.normal(rows, action_dim)).tanh()
@@ -204,6 +228,7 @@ class CPQ:
             "loss-cost-critics": cost_errors.detach(),
             "loss-actor": actor_loss.detach(),
             "alpha": alpha,
+            "unsupported": share,
             "unsupported-excess": excess,
             "cost-value": cost.detach().mean(1),
             "safe": safe.float().mean(1),

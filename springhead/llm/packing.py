@@ -27,10 +27,21 @@ Overlong = Literal["drop", "truncate", "error"]
 
 @dataclass(frozen=True)
 class Example:
-    """One row in tokens: `ids` and, for each, whether it is a target (answer and end sign) or context."""
+    """One row in tokens: `ids` and, for each, whether it is a target (answer and end sign) or context.
+
+    The model may be shown something else than it is trained to say: `context`, as long as `ids`, is what it reads where
+    that is not `ids` (scheduled sampling). `weight` multiplies the row's loss.
+    """
 
     ids: tuple[int, ...]
     completion_mask: tuple[bool, ...]
+    context: tuple[int, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The tokens that the model reads."""
+        return self.context or self.ids
 
 
 def read_conversations(path: Path) -> list[dict[str, Any]]:
@@ -187,8 +198,8 @@ class Padded(Batch):
 
 
 def pack(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Packed:
-    """Lay rows end to end. A token's weight is 1 in the completion, `prompt_loss_weight` in the prompt; a row's
-    first token is never a target, since nothing in its row precedes it.
+    """Lay rows end to end. A token's weight is the row's in the completion, `prompt_loss_weight` of it in the prompt; a
+    row's first token is never a target, since nothing in its row precedes it.
     """
     lengths = np.array([len(e.ids) for e in examples])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -199,12 +210,13 @@ def pack(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Packed
     gather = np.where(column < lengths[:, None], starts[:, None] + column, 0)
     ids = np.concatenate([e.ids for e in examples])
     mask = np.concatenate([e.completion_mask for e in examples])
-    weight = np.where(mask, 1.0, prompt_loss_weight) * (position > 0)
+    rows = np.repeat([e.weight for e in examples], lengths)
+    weight = np.where(mask, 1.0, prompt_loss_weight) * (position > 0) * rows
     targets = np.flatnonzero(weight > 0)
     return Packed(
         labels=torch.from_numpy(ids[targets]),
         weights=torch.from_numpy(weight[targets].astype(np.float32)),
-        input_ids=torch.from_numpy(ids)[None],
+        input_ids=torch.from_numpy(np.concatenate([e.read for e in examples]))[None],
         position_ids=torch.from_numpy(position)[None],
         layout=Layout(torch.from_numpy(gather), torch.from_numpy(row * longest + position)),
         predictors=torch.from_numpy(targets - 1),

@@ -10,6 +10,9 @@ A checkpoint (safetensors + JSON) holds the trained tensors, the optimizer's sta
 batches follow from seed and step alone. Killed and resumed equals uninterrupted, byte for byte on a CPU. It also holds
 the digest of settings, seed and rows: a checkpoint of another run is refused, not continued.
 
+Methods whose rows come from the model itself (`springhead.llm.bash`, `springhead.llm.rac`) bring a `Source`: it makes
+the batches of the next steps from the model as it is. What is left of them is part of the checkpoint.
+
 Several processes (see `springhead.llm.parallel`) train as one would: same losses, up to the order of sums.
 """
 
@@ -21,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -163,6 +166,23 @@ class Samples:
         self.taken += [{"step": step, "conversation": i, "text": text} for i, text in enumerate(texts)]
 
 
+class Source(Protocol):
+    """Batches that are made from the model as it is, those of some steps at a time."""
+
+    state: dict[str, int]
+    """What it remembers from call to call (places, counts); a checkpoint holds it."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it is determined by, beside the rows, the seed and the weights."""
+
+    def next_batches(self, model: PreTrainedModel, step: int) -> list[list[Example]]:
+        """The batches of `step` and of as many steps after it as share its snapshot of the model.
+
+        A function of weights, step and state alone: every process of a run makes the same.
+        """
+
+
 class Trainer:
     """One training run: model, optimizer, step counter and history; everything a checkpoint must hold."""
 
@@ -183,6 +203,8 @@ class Trainer:
         self.tokens = 0
         self.history: History = []
         self.taken: list[dict[str, Any]] = []
+        self.queue: list[list[Example]] = []
+        self.source_state: dict[str, int] = {}
 
     def train_step(self, examples: Sequence[Example]) -> float:
         """One optimizer step on these rows; returns the mean loss per unit of weight before the update.
@@ -242,7 +264,8 @@ class Trainer:
             for key in ("exp_avg", "exp_avg_sq", "step")
         }
         save_file(moments, fresh / "optimizer.safetensors")
-        names = ("identity", "step", "tokens", "history", "taken")
+        save_file(as_tensors(self.queue), fresh / "queue.safetensors")
+        names = ("identity", "step", "tokens", "history", "taken", "source_state")
         write_json(fresh / "state.json", {name: getattr(self, name) for name in names})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
@@ -268,13 +291,39 @@ class Trainer:
                 p.copy_(weights[name])
                 self.optimizer.state[p] = {key: moments[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         self.step, self.tokens, self.history = state_json["step"], state_json["tokens"], state_json["history"]
-        self.taken = state_json["taken"]
+        self.taken, self.source_state = state_json["taken"], state_json["source_state"]
+        self.queue = from_tensors(load_file(folder / "queue.safetensors"))
+
+
+def as_tensors(queue: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
+    """Batches of rows as flat tensors; `from_tensors` reads them back."""
+    rows = [example for batch in queue for example in batch]
+    return {
+        "batches": torch.tensor([len(batch) for batch in queue], dtype=torch.int64),
+        "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int64),
+        "weights": torch.tensor([row.weight for row in rows], dtype=torch.float64),
+        "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int64),
+        "mask": torch.tensor([flag for row in rows for flag in row.completion_mask], dtype=torch.bool),
+        "read": torch.tensor([token for row in rows for token in row.read], dtype=torch.int64),
+    }
+
+
+def from_tensors(stored: dict[str, torch.Tensor]) -> list[list[Example]]:
+    """The batches that `as_tensors` was given."""
+    lengths = stored["lengths"].tolist()
+    parts = [stored[name].split(lengths) for name in ("ids", "mask", "read")]
+    rows = []
+    for ids, mask, read, weight in zip(*parts, stored["weights"].tolist(), strict=True):
+        context = () if torch.equal(ids, read) else tuple(read.tolist())
+        rows.append(Example(tuple(ids.tolist()), tuple(mask.tolist()), context, weight))
+    left = iter(rows)
+    return [[next(left) for _ in range(count)] for count in stored["batches"].tolist()]
 
 
 def target_weight(example: Example, prompt_loss_weight: float) -> float:
     """The weight of a row in the loss of its step."""
     targets = sum(example.completion_mask[1:])
-    return targets + prompt_loss_weight * (len(example.ids) - 1 - targets)
+    return example.weight * (targets + prompt_loss_weight * (len(example.ids) - 1 - targets))
 
 
 def train(
@@ -290,6 +339,7 @@ def train(
     samples: Samples | None = None,
     world: World = ALONE,
     adapter: Path | None = None,
+    source: Source | None = None,
 ) -> tuple[PreTrainedModel, History]:
     """Train a model on examples.
 
@@ -305,6 +355,7 @@ def train(
         samples: conversations to answer while training; the answers are left in it.
         world: the processes that train together. The first alone writes, reports and samples.
         adapter: a folder to write the LoRA weights into before they are merged.
+        source: makes the batches, of `examples` or from them; by default they are the examples in shuffled order.
 
     Returns:
         The trained model (LoRA merged) and the history: step, tokens, train_loss, learning_rate, and eval_loss
@@ -319,7 +370,7 @@ def train(
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = Trainer(wrapped, config, seed, world, identity_of(examples, config, seed))
+    trainer = Trainer(wrapped, config, seed, world, identity_of(examples, config, seed, source))
     checkpoint = scratch / "checkpoint" if scratch is not None else None
     if checkpoint is not None and (checkpoint / "state.json").exists():
         trainer.restore(checkpoint)
@@ -327,17 +378,16 @@ def train(
             progress.resume(trainer.step)
     if samples is not None:
         samples.taken = trainer.taken
+    if source is not None:
+        source.state.update(trainer.source_state)
     wrapped.train()
-    order = batches([len(e.ids) for e in examples], config.batch_tokens, seed)
-    for _ in range(trainer.step):
-        next(order)
+    batches_of_rows = _batches_of_rows(trainer, examples, source)
     if config.packing and not packs(model):
         raise BadInput(f"{type(model).__name__}: rows of a packed batch would see each other; set packing to false")
     with packed_attention_on(wrapped) if config.packing else nullcontext():
         while trainer.step < config.steps:
-            rows = next(order)
             rate = learning_rate(config, trainer.step)
-            loss = trainer.train_step([examples[i] for i in rows])
+            loss = trainer.train_step(next(batches_of_rows))
             _record(trainer, loss, rate, held_out, samples, log)
             if progress is not None:
                 progress.advance(1, loss=loss)
@@ -355,12 +405,33 @@ def train(
     return merged(wrapped), trainer.history
 
 
-def identity_of(examples: Sequence[Example], config: SftConfig, seed: int) -> str:
-    """The digest of what a run is determined by, beside the model: settings, seed and rows."""
+def _batches_of_rows(trainer: Trainer, examples: Sequence[Example], source: Source | None) -> Iterator[list[Example]]:
+    """The batch of each step, from the trainer's step on."""
+    if source is None:
+        order = batches([len(e.ids) for e in examples], trainer.config.batch_tokens, trainer.seed)
+        for _ in range(trainer.step):
+            next(order)
+        for rows in order:
+            yield [examples[i] for i in rows]
+        return
+    while True:
+        if not trainer.queue:
+            trainer.queue = source.next_batches(plain(trainer.model), trainer.step)
+            trainer.source_state = source.state
+            drawn = sum(hash(row.read) % 2**20 for batch in trainer.queue for row in batch)
+            trainer.world.check_equal(drawn, "what the model's own rows are", trainer.device)
+        yield trainer.queue.pop(0)
+
+
+def identity_of(examples: Sequence[Example], config: SftConfig, seed: int, source: Source | None = None) -> str:
+    """The digest of what a run is determined by, beside the model: settings, seed, rows and the source of batches."""
     rows = hashlib.sha256()
     for example in examples:
         rows.update(np.array(example.ids, np.int64).tobytes() + bytes(example.completion_mask))
-    return json_digest({"config": asdict(config), "seed": seed, "rows": rows.hexdigest()})
+        if example.context or example.weight != 1.0:
+            rows.update(np.array([*example.context, example.weight], np.float64).tobytes())
+    facts = {"config": asdict(config), "seed": seed, "rows": rows.hexdigest()}
+    return json_digest(facts if source is None else {**facts, "source": source.identity})
 
 
 def _due(step: int, every: int) -> bool:

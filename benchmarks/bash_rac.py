@@ -1,0 +1,311 @@
+"""BASH and RAC against plain fine-tuning, the noise control and online scheduled sampling, at equal steps and tokens.
+
+    python benchmarks/bash_rac.py run arithmetic                            # goes on after the models that are done
+    SPRINGHEAD_SOURCES=<folder> python benchmarks/bash_rac.py run e2e
+    python benchmarks/bash_rac.py table                                     # the tables of docs/results/bash-rac.md
+
+`arithmetic`: problems over graphs of facts, a small Llama trained from scratch as the base. `e2e`: the E2E development
+set, split by meaning representation, the same small Llama with the words of the training part. Every method starts from
+the same base and takes the same steps and tokens a step. Settings were chosen with `--part dev`, on problems (meaning
+representations) that the reported ones (`--part test`) do not share. One result file for each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from springhead.jsonio import read_json, write_json
+from springhead.lineage.digests import json_digest, tree_digest
+from springhead.llm import bash, freerunning, generation, mend, problems, rac, rouge, sft, students, texttasks
+from springhead.llm.packing import encode_rows
+from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, SMALL_TEMPLATE, UNKNOWN
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs/results/bash-rac"
+WORK = ROOT / ".springhead/bash-rac"
+METHODS = ("sft", "noise", "scheduled", "bash", "bash-sequential", "rac")
+SEEDS = (0, 1, 2)
+MAX_LENGTH = 400
+MARGIN = 4.303
+"""Student's t for a 95 % interval over three seeds."""
+
+ARITHMETIC = problems.ProblemSpec(
+    vocabularies=("market",), operators=("more", "fewer", "sum"), ops_min=3, ops_max=5, depth_min=2, depth_max=5,
+    max_value=30, max_constant=9, max_step=5, holders=12, items=1, redundant=0, holdout=0.2,
+)  # fmt: skip
+SMALL = students.SmallLlama(
+    hidden_size=128, layers=4, heads=4, intermediate_size=384, initial_std=0.09, problems=3000, ops_max=2,
+    orders="topological", redundant_max=0, vocabularies=("market",), holders=12, operators=("more", "fewer"),
+    max_value=20, max_step=5, holdout=0.2,
+    sft=sft.SftConfig(steps=550, batch_tokens=550, learning_rate=0.002),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows and settings of one task."""
+
+    train: list[dict[str, Any]]
+    asked: list[dict[str, Any]]
+    base: Path
+    sft: sft.SftConfig
+    bash: bash.BashConfig
+    rac: rac.RacConfig
+    max_new_tokens: int
+    scores: tuple[str, ...]
+
+
+def base_sft(steps: int) -> sft.SftConfig:
+    """The training of a base and of every method after it."""
+    return sft.SftConfig(steps=steps, batch_tokens=1000, learning_rate=0.001)
+
+
+@cache
+def arithmetic(part: str) -> Task:
+    """Two to four operations told in solving order; the base knows problems of one and two."""
+    base = WORK / "arithmetic-base"
+    if not (base / "config.json").exists():
+        students.build_small(base, SMALL, 0)
+    train = [mend.sft_row(p) for p in problems.generate(1000, 1, ARITHMETIC)]
+    seed, count = {"dev": (2, 300), "test": (3, 500)}[part]
+    held_out = problems.generate(2000, seed, replace(ARITHMETIC, split="id"))
+    # Dev and test problems are told apart by the digest of the problem's facts.
+    mine = [p for p in held_out if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
+    return Task(
+        train=train,
+        asked=[mend.sft_row(p) for p in mine[:count]],
+        base=base,
+        sft=base_sft(400),
+        bash=bash.BashConfig(beta_from=0.05, beta_to=0.2, share=0.5, refresh=40, start=0.25),
+        rac=rac.RacConfig(cue="Answer:", refresh=40, start=0.25, max_new_tokens=60),
+        max_new_tokens=60,
+        scores=("right",),
+    )
+
+
+def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word or sign of these texts; other words are unknown."""
+    pattern = r"[^\W\d_]+|\d|[^\w\s]|_"
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.Split(Regex(r"^\s+$"), "removed")]
+    )
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    ids = {word: number for number, word in enumerate([PAD, EOS, UNKNOWN, SEPARATOR, *words])}
+    backend = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNKNOWN))
+    backend.pre_tokenizer = split
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
+        additional_special_tokens=[SEPARATOR], model_max_length=1024, padding_side="left",
+    )  # fmt: skip
+    tokenizer.chat_template = SMALL_TEMPLATE
+    return tokenizer
+
+
+@cache
+def e2e(part: str) -> Task:
+    """A sentence for a meaning representation; 300 of them train, 100 choose settings, the others are reported."""
+    groups = sorted(texttasks.e2e_groups(), key=lambda group: str(group["id"]))
+    train = texttasks.e2e_rows(groups[:300])
+    base = WORK / "e2e-base"
+    if not (base / "config.json").exists():
+        tokenizer = word_tokenizer([text for group in groups for text in (group["prompt"], *group["references"])])
+        fresh = students.new_small(SMALL, tokenizer, 0)
+        examples, _ = encode_rows(train, tokenizer, MAX_LENGTH, "error")
+        trained, _ = sft.train(fresh, examples, [], base_sft(300), 0)
+        students.save(trained, tokenizer, base, torch.float32)
+    return Task(
+        train=train,
+        asked=groups[300:400] if part == "dev" else groups[400:],
+        base=base,
+        sft=base_sft(400),
+        bash=bash.BashConfig(beta_from=0.05, beta_to=0.2, share=0.5, refresh=40, start=0.25),
+        rac=rac.RacConfig(cue="", refresh=40, start=0.25, max_new_tokens=80),
+        max_new_tokens=80,
+        scores=rouge.NAMES,
+    )
+
+
+TASKS = {"arithmetic": arithmetic, "e2e": e2e}
+
+
+def score(row: Mapping[str, Any], text: str) -> dict[str, float]:
+    """The figures of one answer, each in 0..1."""
+    if "references" in row:
+        return rouge.rouge(row["references"], text)
+    return {"right": float(mend.final_answer(text) == row["answer"])}
+
+
+def scores(task: Task, texts: Sequence[str]) -> dict[str, float]:
+    """The mean figures of a model's answers."""
+    found = [score(row, text) for row, text in zip(task.asked, texts, strict=True)]
+    return {name: float(np.mean([line[name] for line in found])) for name in task.scores}
+
+
+def source_of(task: Task, method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
+    """The source of a method's batches; None for plain fine-tuning."""
+    examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error")
+    steps, tokens = task.sft.steps, task.sft.batch_tokens
+    if method in bash.METHODS:
+        config = bash.of_method(method, task.bash)
+        vocabulary = bash.Vocabulary.of(model, tokenizer, config.protect_digits)
+        return bash.Bash(examples, vocabulary, config, steps, tokens, seed)
+    if method == rac.METHOD:
+        form = rac.Form.of(model, tokenizer, task.rac.cue)
+        right = rac.same_answer(tokenizer, form.ends)
+        return rac.Rac(examples, form, right, task.rac, steps, tokens, MAX_LENGTH, seed)
+    return None
+
+
+def measure(
+    task: Task, method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, Any]:
+    """Score and free-running gap (greedy and sampled answers); for RAC the corrected answers too."""
+    rows = [row | {"completion": row.get("completion") or row["references"][0]} for row in task.asked]
+    examples, _ = encode_rows(rows, tokenizer, MAX_LENGTH, "error")
+    ends, pad = generation.end_ids(model, tokenizer), int(tokenizer.pad_token_id or 0)
+    prompts = [row["prompt"] for row in task.asked]
+    greedy = generation.Decoding(task.max_new_tokens)
+    found: dict[str, Any] = {}
+    if method == rac.METHOD:
+        pairs = rac.correct(model, tokenizer, prompts, task.rac.cue, greedy)
+        texts, again = [pair.first for pair in pairs], [pair.second for pair in pairs]
+        found["corrected"] = scores(task, again)
+        if "right" in task.scores:
+            flags = [
+                [score(r, t)["right"] == 1 for r, t in zip(task.asked, part, strict=True)] for part in (texts, again)
+            ]
+            found["rates"] = rac.rates(*flags)
+    else:
+        texts = generation.generate(model, tokenizer, prompts, greedy)
+    found["plain"] = scores(task, texts)
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        decoding = replace(greedy, temperature=temperature)
+        runs = freerunning.runs(model, examples, decoding, ends, pad)
+        found[f"gap_{name}"] = freerunning.summary(runs, seed)
+        if name == "greedy":
+            found["by_place"] = [{k: round(v, 4) for k, v in line.items()} for line in freerunning.by_place(runs)]
+    return found
+
+
+def run(name: str, part: str, methods: Sequence[str], seeds: Sequence[int], out: Path) -> None:
+    """Train and measure what has no result file yet."""
+    task = TASKS[name](part)
+    facts = {
+        "task": name,
+        "part": part,
+        "base": tree_digest(task.base),
+        "train_rows": json_digest([row["id"] for row in task.train]),
+        "asked_rows": json_digest([row["id"] for row in task.asked]),
+        "train": len(task.train),
+        "asked": len(task.asked),
+        "sft": asdict(task.sft),
+    }
+    for seed in seeds:
+        for method in methods:
+            path = out / f"{name}-{method}-{seed}.json"
+            if path.exists():
+                continue
+            model, tokenizer = students.load(task.base)
+            facts_of_method: dict[str, Any] = {}
+            if method != "base":
+                source = source_of(task, method, model, tokenizer, seed)
+                examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error")
+                model, history = sft.train(model, examples, [], task.sft, seed, source=source)
+                facts_of_method = {"tokens": history[-1]["tokens"], "train_loss": history[-1]["train_loss"]}
+                if source is not None:
+                    facts_of_method |= {"settings": source.identity, "counts": source.state}
+                students.save(model, tokenizer, WORK / "model", torch.float32)
+                facts_of_method["model"] = tree_digest(WORK / "model")
+            found = measure(task, method, model, tokenizer, seed)
+            write_json(path, {**facts, "method": method, "seed": seed, **facts_of_method, **found})
+            print(
+                name,
+                method,
+                seed,
+                found["plain"],
+                f"gap {found['gap_greedy']['gap']:.3f}",
+                found.get("rates", ""),
+                flush=True,
+            )
+
+
+def cell(values: Sequence[float]) -> str:
+    """A mean with its 95 % interval over the seeds."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = MARGIN * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def table(out: Path) -> None:
+    """Print one table for each task, and what each method adds to plain fine-tuning, seed by seed."""
+    for name, make in TASKS.items():
+        found = {(r["method"], r["seed"]): r for r in (read_json(p) for p in sorted(out.glob(f"{name}-*.json")))}
+        if not found:
+            continue
+        columns = {**{s: lambda r, s=s: r["plain"][s] for s in scores_of(found)}, **GAPS}
+        print(f"\n{name}\n\n| method | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        done = [m for m in ("base", *METHODS) if any(key[0] == m for key in found)]
+        for method in done:
+            mine = [found[key] for key in sorted(found) if key[0] == method]
+            print(f"| {method} | {' | '.join(cell([f(r) for r in mine]) for f in columns.values())} |")
+            if method == rac.METHOD:
+                again = [cell([r["corrected"][s] for r in mine]) for s in scores_of(found)]
+                print(f"| {method}, corrected | {' | '.join(again + ['' for _ in GAPS])} |")
+        print(f"\n| against sft | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for method in [m for m in done if m not in ("base", "sft")]:
+            seeds = [s for m, s in sorted(found) if m == method and ("sft", s) in found]
+            gains = [cell([f(found[method, s]) - f(found["sft", s]) for s in seeds]) for f in columns.values()]
+            print(f"| {method} | {' | '.join(gains)} |")
+        if rated := [r["rates"] for r in found.values() if "rates" in r]:
+            print("\n| rates of rac | |\n|---|---|")
+            for rate in rated[0]:
+                print(f"| {rate} | {cell([r[rate] for r in rated])} |")
+
+
+GAPS = {
+    "gap, greedy": lambda r: r["gap_greedy"]["gap"],
+    "gap, sampled": lambda r: r["gap_sampled"]["gap"],
+    "loss after gold": lambda r: r["gap_greedy"]["gold"],
+}
+
+
+def scores_of(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+    """The names of a task's scores."""
+    return list(next(iter(found.values()))["plain"])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("task", nargs="?", choices=sorted(TASKS))
+    parser.add_argument("--part", choices=["dev", "test"], default="test")
+    parser.add_argument("--methods", nargs="+", default=["base", *METHODS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if chosen.what == "table":
+        table(chosen.out)
+    elif chosen.task is None:
+        parser.error("run needs a task")
+    else:
+        run(chosen.task, chosen.part, chosen.methods, chosen.seeds, chosen.out)
+
+
+if __name__ == "__main__":
+    main()

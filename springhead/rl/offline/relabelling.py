@@ -148,7 +148,7 @@ def relabelled(returns: Floats, costs: Floats, settings: Augmentation, rng: np.r
     if not len(kept):
         raise BadInput(
             f"cdt augmentation: its grid leaves none of {len(returns)} episodes (cells with "
-            f"{settings.min_per_cell} or fewer are emptied); lower rl.train.cdt.augmentation.min_per_cell"
+            f"{settings.min_per_cell} or fewer are emptied); lower rl.train.algorithms.cdt.augmentation.min_per_cell"
         )
     target_returns, target_costs = infeasible_targets(returns[kept], costs[kept], number, settings, rng)
     answers = safe_answers(returns[kept], costs[kept], target_returns, target_costs, settings, rng)

@@ -1,0 +1,72 @@
+"""Every offline algorithm goes through the train and the evaluate stage, and what comes out can be loaded and acts."""
+
+import csv
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from springhead.jsonio import read_json, write_json
+from springhead.lineage.digests import tree_digest
+from springhead.rl.dataset import write_dsrl
+from springhead.rl.offline.algorithms import ALGORITHMS, entry
+from springhead.rl.policy import load_policy
+from springhead.stage import for_test
+from stages.rl import evaluate, train
+from tests.rl.offline_data import BALL, spread
+
+pytestmark = pytest.mark.unit
+
+SMALL = {"steps": 3, "batch_size": 4, "hidden": [8], "vae_hidden": [8, 8], "policies": 1, "checkpoint_every": 2,
+         "width": 8, "layers": 1, "heads": 2, "context": 2, "samples": 2}  # fmt: skip
+"""What an algorithm has of these, it is given."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("offline") / "filter"
+    folder.mkdir()
+    write_dsrl(folder / "dataset.hdf5", spread(12, 100))
+    write_json(folder.parent / "verdict.json", {"data_digest": tree_digest(folder), "success": True})
+    (folder.parent / "experts").mkdir()
+    write_json(folder.parent / "experts/index.json", [])
+    return folder
+
+
+def params(algorithm: str) -> train.Params:
+    found = entry(algorithm)
+    known = {field.name for field in fields(found.settings_class())}
+    chosen: dict[str, Any] = {key: value for key, value in SMALL.items() if key in known}
+    if algorithm == "cdt":
+        chosen |= {"augmentation": {"min_per_cell": 0}}
+        del chosen["hidden"]
+    return train.Params({found.block: chosen})
+
+
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_it_is_trained_evaluated_and_loaded(algorithm: str, data: Path, tmp_path: Path) -> None:
+    inputs = {"filter": data, "validate": data.parent / "verdict.json", "experts": data.parent / "experts"}
+    item = {"task": "BallCircle", "algorithm": algorithm, "seed": "4"}
+    trained = for_test(params(algorithm), tmp_path / "train" / algorithm / "4", inputs, item, seed=4)
+    train.run(trained)
+    config = read_json(trained.out / "model/config.json")
+    assert (config["task"], config["algorithm"]) == ("BallCircle", algorithm)
+    assert [path.name for path in (trained.out / "policies").iterdir()] == ["00000002"]
+
+    asked = evaluate.Params(episodes=1, num_envs=1, processes=1, selection_episodes=1)
+    judged = for_test(asked, tmp_path / "evaluate", {**inputs, "train": tmp_path / "train"}, {"task": "BallCircle"})
+    evaluate.run(judged)
+    summary = read_json(judged.out / "summary.json")
+    assert [(one["algorithm"], one["seed"]) for one in summary["models"]] == [(algorithm, 4)]
+    assert sorted(summary["models"][0]["limits"]) == ["10", "20", "40"]
+    with (judged.out / "leaderboard.csv").open(encoding="utf-8") as file:
+        rows = [(row["checkpoint"], row["algorithm"]) for row in csv.DictReader(file)]
+    assert rows.count(("last", algorithm)) == rows.count(("feasible-first", algorithm)) == 3
+
+    policy = load_policy(trained.out / "model")
+    policy.reset(2, 20.0)
+    actions = policy.act(np.zeros((2, BALL.observation_dim), dtype=np.float32))
+    assert actions.shape == (2, BALL.action_dim)
+    assert np.isfinite(actions).all()

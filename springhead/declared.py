@@ -18,11 +18,13 @@ from springhead.jsonio import write_json_atomic
 RECEIPTS, METRICS = "data/receipts", "data/metrics"
 ACCEPTED = "data/accepted"
 """Profiles of accepted data sets: the one folder below ``data/`` that people fill, and git tracks."""
+SOURCES = "data/sources.yaml"
+"""The catalogue of public data sets, which git holds too."""
 
 
 def is_data(path: str) -> bool:
     """Whether a dependency is data that stages make, rather than something that git holds."""
-    return path.startswith("data/") and path != ACCEPTED and not path.startswith(f"{ACCEPTED}/")
+    return path.startswith("data/") and path not in (ACCEPTED, SOURCES) and not path.startswith(f"{ACCEPTED}/")
 
 
 @dataclass(frozen=True)

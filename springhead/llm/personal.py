@@ -27,10 +27,11 @@ def found(text: str) -> list[tuple[str, str]]:
     hits = [("email", hit) for hit in _EMAIL.findall(text) if not _EXAMPLE_DOMAIN.search(hit)]
     hits += [("iban", hit) for hit in _IBAN.findall(text) if _is_iban(hit)]
     hits += [("card", hit) for hit in _CARD.findall(text) if _is_card(hit)]
-    taken = {hit for kind, hit in hits if kind == "card"}
+    taken = [hit for _, hit in hits]
     for hit in _PHONE.findall(text):
-        digits = sum(c.isdigit() for c in hit)
-        if 8 <= digits <= 15 and not _FICTION.search(hit) and not any(hit in card for card in taken):
+        digits = [c for c in hit if c.isdigit()]
+        real = 8 <= len(digits) <= 15 and len(set(digits)) > 1 and not _FICTION.search(hit)
+        if real and not any(hit in other for other in taken):
             hits.append(("phone", hit))
     return hits
 

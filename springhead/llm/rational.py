@@ -68,11 +68,13 @@ class Settings:
     """Forms of the benign prompts in training."""
     eval_forms: tuple[str, ...] = (*mutators.TRAINED, *mutators.UNSEEN)
     """Forms of the adversarial prompts in evaluation."""
+    eval_benign_forms: tuple[str, ...] = (mutators.QUESTION,)
+    """Forms of the benign prompts in evaluation."""
     methods: tuple[str, ...] = (RATIONAL, REFUSAL)
     """Training methods to write rows for."""
 
     def __post_init__(self) -> None:
-        for name in ("forms", "benign_forms", "eval_forms"):
+        for name in ("forms", "benign_forms", "eval_forms", "eval_benign_forms"):
             wrong = sorted(set(getattr(self, name)) - set(mutators.FAMILIES))
             if wrong or not getattr(self, name):
                 raise BadInput(
@@ -136,13 +138,35 @@ def forms_of(goal: Base, settings: Settings, seed: int) -> list[tuple[str, str]]
 
 
 def eval_rows(goal: Base, settings: Settings, seed: int) -> list[Row]:
-    """The evaluation rows of a held-out base prompt: every form of an adversarial one, a benign one as it is."""
-    forms = settings.eval_forms if goal.kind == "adversarial" else (mutators.QUESTION,)
+    """The evaluation rows of a held-out base prompt, one of each form of its kind."""
+    forms = settings.eval_forms if goal.kind == "adversarial" else settings.eval_benign_forms
     made = [(form, mutators.mutate(goal.prompt, form, seed)) for form in forms]
     return [
         with_row_id(_row(goal, EVAL, form, variant, prompt, "") | {"made_by": {"source": TEMPLATE}})
         for variant, (form, prompt) in enumerate(made)
     ]
+
+
+def sample_prompts(rows: Sequence[Row], counts: Mapping[str, int], seed: int) -> list[Row]:
+    """The training rows of some of the prompts, drawn by seed: the same prompts for every method.
+
+    Args:
+        rows: Training rows, of one method or several.
+        counts: How many prompts of each kind; of a kind that is not named, all.
+        seed: Of the draw.
+
+    Raises:
+        BadInput: a kind is unknown or its count is negative.
+    """
+    wrong = sorted({*counts} - {"adversarial", "contrast", "benign"} | {k for k, n in counts.items() if n < 0})
+    if wrong:
+        raise BadInput(f"prompts: {', '.join(wrong)}: not adversarial, contrast or benign, or a negative number")
+    ranked: dict[str, dict[str, None]] = {}
+    key_of = {row["id"]: json_digest([seed, row["parents"], row["operator"]]) for row in rows}
+    for row in sorted(rows, key=lambda r: key_of[r["id"]]):
+        ranked.setdefault(row["kind"], {})[key_of[row["id"]]] = None
+    drawn = {key for kind, keys in ranked.items() for key in list(keys)[: counts.get(kind, len(keys))]}
+    return [row for row in rows if key_of[row["id"]] in drawn]
 
 
 def _answer(

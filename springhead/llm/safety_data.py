@@ -8,7 +8,7 @@ and other sets) is on one side of the split as a whole, and every variant of a p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ AUTHORED = Path(__file__).parent / "safety_prompts.json"
 TRAIN, TEST = "train", "test"
 PUBLIC = ("advbench", "xstest", "coconot")
 """Public sets that may be trained on."""
+CONTRAST_SET = "coconot-contrast"
+"""Source of CoCoNot's contrast prompts, which may not."""
 _LONGEST_RESPONSE = 400  # characters of a public response; longer ones are cut at the end of a sentence
 
 
@@ -117,6 +119,12 @@ def public(names: Sequence[str], root: Path | None = None) -> list[Base]:
         for _, prompt, chosen, _ in publicsets.coconot_pairs(root):
             found.append(base("benign", "general", "coconot", prompt, _cut(chosen)))
     return found
+
+
+def contrast_bases(prompts: Sequence[tuple[str, str]]) -> list[Base]:
+    """CoCoNot's contrast prompts, given as (id, prompt), as benign base prompts of the test side, none twice."""
+    found = [base("benign", "general", CONTRAST_SET, prompt) for prompt in dict.fromkeys(p for _, p in prompts)]
+    return [replace(b, group=b.id, split=TEST) for b in found]
 
 
 def _cut(text: str) -> str:

@@ -18,7 +18,7 @@ from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.lineage import query
 from springhead.lineage.digests import file_digest
-from springhead.lineage.graph import Graph, Model, branch_of, item_of, step_of
+from springhead.lineage.graph import Graph, Model, branch_of, item_of, rows_method, step_of
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import receipt_path
 from springhead.lineage.rows import Rows
@@ -401,9 +401,8 @@ def model_card(facts: Facts, model: Model) -> str:
     if source:
         lines += [f"The base model is `{source.name}` ({source.origin}, file sha256 `{source.sha256[:12]}…`).", ""]
     lines += _evaluation(evaluations, model)
-    method = model.facts.get("method")
     for entry in data:
-        lines += _origins(facts, entry["path"], method if isinstance(method, str) else None)
+        lines += _origins(facts, entry["path"], rows_method(model.facts))
     lines += _made_by(facts, behind)
     lines += _filters(facts, behind)
     lines += _verdicts(facts, [s for d in data for s in graph.makers(d["path"])])

@@ -44,6 +44,12 @@ class Model:
     facts: Mapping[str, Any]
 
 
+def rows_method(facts: Mapping[str, Any]) -> str | None:
+    """Returns the method whose rows of a data set a model took: ``rows_of`` of its facts, else its own method."""
+    method = facts.get("rows_of", facts.get("method"))
+    return method if isinstance(method, str) else None
+
+
 def branch_of(stage: str) -> str:
     """Returns ``rl`` for ``rl-train@BallCircle-cdt-0``."""
     return stage.partition("-")[0]

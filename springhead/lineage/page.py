@@ -21,7 +21,7 @@ from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.lineage import query
 from springhead.lineage.drawing import Drawing, draw
-from springhead.lineage.graph import Graph
+from springhead.lineage.graph import Graph, rows_method
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.rows import DECISIONS, ROWS, Rows
 from springhead.pages import TEMPLATES, environment
@@ -134,8 +134,7 @@ def _subject_rows(rows: Rows, answer: Mapping[str, Any]) -> list[str]:
     if answer["kind"] == "model":
         stage = answer["model"]["stage"]
         data = [d["path"] for d in answer["datasets"] if d["role"] == "training" and d["stage"] == stage]
-        method = answer["model"]["facts"].get("method")
-        return [i for path in data for i in rows.ids(path, method if isinstance(method, str) else None)]
+        return [i for path in data for i in rows.ids(path, rows_method(answer["model"]["facts"]))]
     paths = answer["stages"][-1]["outputs"] if answer["kind"] == "stage" else [answer["name"]]
     return [i for path in paths for i in rows.ids(path)]
 

@@ -15,7 +15,7 @@ from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.lineage.digests import file_digest
-from springhead.lineage.graph import Graph, Model, branch_of, step_of
+from springhead.lineage.graph import Graph, Model, branch_of, rows_method, step_of
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import receipt_path
 from springhead.lineage.rows import Rows
@@ -318,9 +318,8 @@ def _model(model: Model) -> dict[str, Any]:
 
 
 def _method(model: Model | None) -> str | None:
-    """Returns the fine-tuning method of a model; it decides which rows of a data set it took."""
-    method = model.facts.get("method") if model is not None else None
-    return method if isinstance(method, str) else None
+    """Returns the method whose rows of a data set a model took."""
+    return rows_method(model.facts) if model is not None else None
 
 
 def _promotion(ledger: list[dict[str, Any]], digest: str) -> dict[str, Any] | None:

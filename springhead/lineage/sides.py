@@ -9,7 +9,7 @@ from typing import Any
 from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.lineage import query
-from springhead.lineage.graph import Model
+from springhead.lineage.graph import Model, rows_method
 from springhead.lineage.history import Commit, State, find_receipt
 from springhead.lineage.rows import DECISIONS, ROWS
 
@@ -115,8 +115,8 @@ def _rows_of(root: Path, name: str, ref: str, state: State, subject: query.Subje
                     "in the history of dvc.lock"
                 )
             state = found[0]
-        method = subject.model.facts.get("method")
-        conditions = {"method": method} if isinstance(method, str) else {}
+        method = rows_method(subject.model.facts)
+        conditions = {"method": method} if method is not None else {}
     elif subject.kind == "stage":
         outputs = [o for o in state.graph.receipts[subject.name]["outputs"] if state.graph.digest(f"{o}/{ROWS}")]
         path = outputs[0] if outputs else path

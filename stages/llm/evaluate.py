@@ -1,8 +1,9 @@
 """Evaluate a student and everything fine-tuned from it on the rewritings of unseen problems.
 
 Writes `answers.parquet` (every answer of every model), `summary.json` (all metrics by model, and mean and spread
-over seeds by method), `leaderboard.csv`, `accuracy_by_order.csv` and two figures. The stage metrics are those of
-the main split.
+over seeds by method), `leaderboard.csv`, `accuracy_by_order.csv`, `free_running.csv` (what the model's own words before
+it cost the reference, by place) and two figures. A model that was trained to correct itself (`rac`) also answers again
+with its first answer in view; what that changed is in the summary. The stage metrics are those of the main split.
 """
 
 import csv
@@ -14,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_jsonl, write_json
+from springhead.jsonio import read_json, read_jsonl, write_json
 from springhead.lineage.digests import tree_digest
-from springhead.llm import evaluation, generation, plots, students
+from springhead.llm import evaluation, freerunning, generation, plots, rac, students
+from springhead.llm.packing import encode_rows
 from springhead.progress import Progress
 from springhead.stage import Stage, run_stage
 from springhead.tables import write_table
@@ -56,6 +58,9 @@ class Exam:
     """Rows decoded together."""
     device: students.Device
     """cpu, cuda or auto. Only the CPU promises equal bytes."""
+    gap_rows: int = 0
+    """Rows of the main split, in solving order and without redundancy, that the free-running gap is measured on, from
+    the first on; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,47 @@ def exam_rows(path: Path, exam: Exam) -> list[Row]:
     return chosen
 
 
-def examine(candidate: Candidate, rows: Sequence[Row], exam: Exam, bar: Progress) -> tuple[list[str], list[Any]]:
-    """A model's answers and their grades."""
+@dataclass(frozen=True)
+class Examined:
+    """A model's answers and grades; `facts` are what else was measured, `places` the free-running gap by place."""
+
+    texts: list[str]
+    graded: list[evaluation.Graded]
+    facts: dict[str, Any]
+    places: list[dict[str, float]]
+
+
+def examine(candidate: Candidate, rows: Sequence[Row], gap_rows: Sequence[Row], exam: Exam, bar: Progress) -> Examined:
+    """Ask a model every row; where it was trained to, let it correct its answers; measure its free-running gap."""
     model, tokenizer = students.load(candidate.folder, exam.device)
     decoding = generation.Decoding(exam.max_new_tokens, exam.batch_rows)
-    texts = generation.generate(model, tokenizer, [row["prompt"] for row in rows], decoding, bar)
-    return texts, evaluation.grade(rows, texts)
+    prompts = [row["prompt"] for row in rows]
+    facts: dict[str, Any] = {}
+    if candidate.method == rac.METHOD:
+        cue = read_json(candidate.folder.parent / "own_words.json")["settings"]["cue"]
+        pairs = rac.correct(model, tokenizer, prompts, cue, decoding, bar)
+        texts = [pair.first for pair in pairs]
+        facts["correction"] = correction_rates(rows, pairs)
+    else:
+        texts = generation.generate(model, tokenizer, prompts, decoding, bar)
+    places: list[dict[str, float]] = []
+    if gap_rows:
+        examples, _ = encode_rows(gap_rows, tokenizer, tokenizer.model_max_length, "error")
+        ends, pad = generation.end_ids(model, tokenizer), tokenizer.pad_token_id
+        runs = freerunning.runs(model, examples, decoding, ends, int(pad if pad is not None else ends[0]))
+        facts["free_running"], places = freerunning.summary(runs, 0), freerunning.by_place(runs)
+    return Examined(texts, evaluation.grade(rows, texts), facts, places)
+
+
+def correction_rates(rows: Sequence[Row], pairs: Sequence[rac.Corrected]) -> dict[str, dict[str, float]]:
+    """By split, what correction did to the right and the wrong answers."""
+    found = {}
+    for split in sorted({str(row["split"]) for row in rows}):
+        mine = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if row["split"] == split]
+        asked = [row for row, _ in mine]
+        grades = [evaluation.grade(asked, texts) for texts in zip(*((p.first, p.second) for _, p in mine), strict=True)]
+        found[split] = rac.rates(*([line["right"] for line in graded] for graded in grades))
+    return found
 
 
 def answer_columns(candidate: Candidate, digest: str, texts: Sequence[str], graded: Sequence[Row]) -> dict[str, Any]:
@@ -164,6 +204,19 @@ def compact(table: Mapping[str, Any], split: str) -> dict[str, Any]:
     return values
 
 
+def own_words(models: Sequence[Mapping[str, Any]], split: str) -> dict[str, dict[str, float]]:
+    """Stage metrics by method, means over seeds: the free-running gap, and what correction changed."""
+    values: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(str(model["method"]) for model in models):
+        lines = [dict(model.get("correction", {}).get(split, {})) for model in models if model["method"] == method]
+        for line, model in zip(lines, (m for m in models if m["method"] == method), strict=True):
+            line.pop("plain", None)  # the accuracy
+            if "free_running" in model:
+                line["free_running_gap"] = model["free_running"]["gap"]
+        values[method] = {name: sum(line[name] for line in lines) / len(lines) for name in lines[0]}
+    return values
+
+
 def run(stage: Stage[Params]) -> None:
     """Ask every model every row, grade, summarise, draw."""
     student, split = stage.item["student"], stage.params.main_split
@@ -177,18 +230,24 @@ def run(stage: Stage[Params]) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in ANSWERS.names}
     models: list[dict[str, Any]] = []
     by_order: list[dict[str, Any]] = []
+    by_place: list[dict[str, Any]] = []
+    plain = [row for row in rows if (row["split"], row["arrangement"], row["redundancy"]) == (split, "topological", 0)]
     with stage.progress(len(found) * len(rows), f"{student}", "answers") as bar:
         for candidate in found:
             digest = tree_digest(candidate.folder)
-            texts, graded = examine(candidate, rows, exam, bar)
-            for name, values in answer_columns(candidate, digest, texts, graded).items():
+            found_out = examine(candidate, rows, plain[: exam.gap_rows], exam, bar)
+            graded = found_out.graded
+            for name, values in answer_columns(candidate, digest, found_out.texts, graded).items():
                 columns[name] += values
             who = {"method": candidate.method, "seed": candidate.seed}
             by_order += [{**who, **line} for line in evaluation.accuracy_by_order(graded)]
+            by_place += [{**who, **line} for line in found_out.places]
             path = candidate.folder.relative_to(stage.root).as_posix()
             metrics = evaluation.model_metrics(graded, stage.seed)
-            models.append({**who, "path": path, "digest": digest, "metrics": metrics})
+            models.append({**who, "path": path, "digest": digest, "metrics": metrics, **found_out.facts})
     write_results(stage, student, columns, models, by_order)
+    if by_place:
+        write_csv(stage.out / "free_running.csv", by_place)
 
 
 def write_results(
@@ -211,7 +270,10 @@ def write_results(
     write_csv(out / "accuracy_by_order.csv", by_order)
     plots.accuracy_by_order(out / "accuracy_by_order.png", table[split], f"{student}: unseen problems ({split})")
     plots.histogram(out / "histogram.png", table[split], f"{student}: over the orders of a problem ({split})")
-    stage.metrics(compact(table, split))
+    metrics = compact(table, split)
+    for method, figures in own_words(models, split).items():
+        metrics[method] |= figures
+    stage.metrics(metrics)
 
 
 def main() -> None:

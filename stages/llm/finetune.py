@@ -1,7 +1,11 @@
-"""Fine-tune a student on the rows of one method (sft, mend, rc-aug), with one seed.
+"""Fine-tune a student by one method, with one seed.
 
-Writes `model/`, a Hugging Face folder in the number format of the student (LoRA merged in), `history.csv`, and
-`samples.jsonl` if samples were asked for: how the model answered while it was trained.
+The methods sft, mend and rc-aug take their own rows of the data. bash, bash-sequential, noise, scheduled and rac take
+the rows of sft and mix the model's own words into them while it is trained (`springhead.llm.bash`, `.rac`).
+
+Writes `model/`, a Hugging Face folder in the number format of the student (LoRA merged in), `history.csv`,
+`samples.jsonl` if samples were asked for: how the model answered while it was trained, and `own_words.json` for a
+method that used them: its settings and counts.
 All methods of a student share steps and tokens per step: they differ in the rows alone.
 """
 
@@ -10,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from springhead.errors import BadInput
-from springhead.jsonio import read_jsonl, write_jsonl
-from springhead.llm import chat, generation, sft, students
+from springhead.jsonio import read_jsonl, write_json, write_jsonl
+from springhead.llm import bash, chat, generation, rac, sft, students
 from springhead.llm.history import write_history
-from springhead.llm.packing import Overlong, encode_rows
+from springhead.llm.packing import Example, Overlong, encode_rows
 from springhead.stage import Stage, run_stage
+
+OWN_WORDS = (*bash.METHODS, rac.METHOD)
+"""Methods that mix the model's own words into the rows of `sft`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,10 @@ class Params:
 
     students: dict[str, Tuning]
     """By student."""
+    bash: bash.BashConfig
+    """How the methods bash, bash-sequential, noise and scheduled mix contexts."""
+    rac: rac.RacConfig
+    """How the method rac makes corrections; its cue must consist of words that every student knows."""
 
 
 Row = Mapping[str, Any]
@@ -72,30 +85,57 @@ def spread_evenly(rows: Sequence[Row], count: int) -> list[Row]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
+def source_of(
+    method: str,
+    params: Params,
+    tuning: Tuning,
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> bash.Bash | rac.Rac | None:
+    """What makes the batches of a method of `OWN_WORDS`; None for the others, whose rows are trained as they are."""
+    steps, tokens = tuning.sft.steps, tuning.sft.batch_tokens
+    if method in bash.METHODS:
+        mixing = bash.of_method(method, params.bash)
+        vocabulary = bash.Vocabulary.of(model, tokenizer, mixing.protect_digits)
+        return bash.Bash(examples, vocabulary, mixing, steps, tokens, seed)
+    if method == rac.METHOD:
+        form = rac.Form.of(model, tokenizer, params.rac.cue)
+        right = rac.same_answer(tokenizer, form.ends)
+        return rac.Rac(examples, form, right, params.rac, steps, tokens, tuning.max_length, seed)
+    return None
+
+
 def run(stage: Stage[Params]) -> None:
     """Read the rows, train, save the model."""
     student, method, seed = (stage.item[name] for name in ("student", "method", "seed"))
     if student not in stage.params.students:
         raise BadInput(f"params.yaml: llm.finetune.students: no settings for {student!r}; add a block")
     tuning = stage.params.students[student]
-    source, data = stage.input("students"), stage.input("filter")
-    model, tokenizer = students.load(source, tuning.device)
+    base, data = stage.input("students"), stage.input("filter")
+    model, tokenizer = students.load(base, tuning.device)
     chat.check_template(tokenizer, generation.end_texts(model, tokenizer))
-    rows = rows_of(data / "train.jsonl", method, tuning.max_rows)
+    rows_method = "sft" if method in OWN_WORDS else method
+    rows = rows_of(data / "train.jsonl", rows_method, tuning.max_rows)
     examples, counts = encode_rows(rows, tokenizer, tuning.max_length, tuning.overlong)
     held_out = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.eval_rows)
     held_out_examples = encode_rows(held_out, tokenizer, tuning.max_length, tuning.overlong)[0] if held_out else []
     asked = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.sample_rows) if tuning.sample_rows else []
     samples = sft.Samples(tokenizer, [row["prompt"] for row in asked], tuning.sample_tokens) if asked else None
+    source = source_of(method, stage.params, tuning, examples, model, tokenizer, stage.seed)
     with stage.progress(tuning.sft.steps, f"{student} {method} seed {seed}", "step") as bar:
         trained, history = sft.train(
-            model, examples, held_out_examples, tuning.sft, stage.seed, stage.scratch, bar, stage.log, samples=samples
-        )
-    students.save(trained, tokenizer, stage.out / "model", students.stored_dtype(source))
+            model, examples, held_out_examples, tuning.sft, stage.seed, stage.scratch, bar, stage.log,
+            samples=samples, source=source,
+        )  # fmt: skip
+    students.save(trained, tokenizer, stage.out / "model", students.stored_dtype(base))
     write_history(stage.out / "history.csv", history)
     if samples is not None:
         facts = [{"row": row["id"], "prompt": row["prompt"]} for row in asked]
         write_jsonl(stage.out / "samples.jsonl", [{**s, **facts[s["conversation"]]} for s in samples.taken])
+    if source is not None:
+        write_json(stage.out / "own_words.json", {"settings": source.identity, "counts": source.state})
     last = history[-1]
     stage.metrics(
         {
@@ -109,8 +149,10 @@ def run(stage: Stage[Params]) -> None:
             "eval_loss": last["eval_loss"],
         }
     )
-    stage.dataset(data / "train.jsonl", f"rows-{method}", counts["rows"], "training")
-    stage.model(stage.out / "model", "language-model", student=student, method=method, seed=int(seed))
+    stage.dataset(data / "train.jsonl", f"rows-{rows_method}", counts["rows"], "training")
+    stage.model(
+        stage.out / "model", "language-model", student=student, method=method, rows_of=rows_method, seed=int(seed)
+    )
 
 
 def main() -> None:

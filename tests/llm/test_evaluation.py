@@ -9,6 +9,8 @@ from springhead.errors import BadInput
 from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
 from springhead.llm import evaluation, mend, problems, students
+from springhead.llm.bash import BashConfig
+from springhead.llm.rac import RacConfig
 from springhead.llm.sft import SftConfig
 from springhead.stage import for_test
 from springhead.tables import read_table
@@ -135,7 +137,8 @@ TUNING = finetune.Tuning(SftConfig(steps=3, batch_tokens=150, learning_rate=1e-3
 def tune(world: Path, out: Path, method: str, seed: int):
     inputs = {"students": world / "students", "filter": world / "filter"}
     item = {"student": "small-llama", "method": method, "seed": str(seed)}
-    params = finetune.Params({"small-llama": TUNING})
+    mixing = BashConfig(beta_from=0.5, beta_to=0.5, share=1.0, refresh=2)
+    params = finetune.Params({"small-llama": TUNING}, mixing, RacConfig(cue="Answer:", max_new_tokens=8))
     stage = for_test(params, out, inputs, item, seed, "llm", "finetune")
     finetune.run(stage)
     return stage
@@ -157,8 +160,20 @@ def test_finetune_stage_trains_on_its_method_and_reports(world: Path, tmp_path: 
     again = tune(world, tmp_path / "again", "mend", 0)
     assert tree_digest(again.out) == tree_digest(stage.out)
     assert tune(world, tmp_path / "sft", "sft", 0).record.metrics["rows"] == 12
-    with pytest.raises(BadInput, match=r"no rows of method 'bash'; methods in the file: mend, sft"):
-        tune(world, tmp_path / "bash", "bash", 0)
+    with pytest.raises(BadInput, match=r"no rows of method 'rc-aug'; methods in the file: mend, sft"):
+        tune(world, tmp_path / "rc-aug", "rc-aug", 0)
+
+
+@pytest.mark.parametrize("method", finetune.OWN_WORDS)
+def test_finetune_stage_mixes_own_words_into_the_rows_of_sft(world: Path, tmp_path: Path, method: str):
+    stage = tune(world, tmp_path / method, method, 0)
+    assert stage.record.metrics["rows"] == 12
+    assert stage.record.metrics["steps"] == 3
+    (facts,) = [model["facts"] for model in stage.record.models]
+    assert (facts["method"], facts["rows_of"]) == (method, "sft")
+    own = read_json(stage.out / "own_words.json")
+    assert own["counts"]["changed" if method != "rac" else "corrections"] > 0
+    assert tree_digest(tune(world, tmp_path / "again", method, 0).out) == tree_digest(stage.out)
 
 
 def test_evaluate_stage_examines_base_and_all_tuned_models(world: Path, tmp_path: Path):
@@ -189,6 +204,28 @@ def test_evaluate_stage_examines_base_and_all_tuned_models(world: Path, tmp_path
     assert (stage.out / "accuracy_by_order.png").read_bytes()[:4] == b"\x89PNG"
     assert set(stage.record.metrics) == {"base", "sft", "mend", "mend_lead_over_base", "mend_lead_over_sft"}
     assert tree_digest(run("again").out) == tree_digest(stage.out)
+
+
+def test_evaluate_stage_measures_the_gap_and_what_correction_changed(world: Path, tmp_path: Path):
+    tuned = tmp_path / "finetune"
+    for method in ("sft", "rac"):
+        tune(world, tuned / method / "0", method, 0)
+    inputs = {"students": world / "students", "filter": world / "filter", "finetune": tuned}
+    params = evaluate.Params("id", {"small-llama": Exam(0, True, 8, 16, "cpu", gap_rows=2)})
+    stage = for_test(params, tmp_path / "out", inputs, {"student": "small-llama"}, 0, "llm", "evaluate")
+    evaluate.run(stage)
+    models = {model["method"]: model for model in read_json(stage.out / "summary.json")["models"]}
+    assert all(model["free_running"]["rows"] == 2 for model in models.values())
+    assert set(models["rac"]["correction"]["id"]) == {"plain", "corrected", "wrong_to_right", "right_to_wrong"}
+    assert "correction" not in models["sft"]
+    right = [a["right"] for a in read_table(stage.out / "answers.parquet").to_pylist() if a["method"] == "rac"]
+    assert models["rac"]["correction"]["id"]["plain"] == pytest.approx(sum(right) / len(right))
+    figures = stage.record.metrics
+    assert figures["sft"]["free_running_gap"] == models["sft"]["free_running"]["gap"]
+    assert figures["rac"]["corrected"] == models["rac"]["correction"]["id"]["corrected"]
+    lines = list(csv.DictReader((stage.out / "free_running.csv").open()))
+    assert {line["method"] for line in lines} == {"base", "sft", "rac"}
+    assert [line["place"] for line in lines if line["method"] == "sft"] == [str(i) for i in range(len(lines) // 3)]
 
 
 def test_evaluate_refuses_what_it_cannot_examine(world: Path, tmp_path: Path):

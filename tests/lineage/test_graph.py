@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from springhead.lineage.digests import tree_digest
-from springhead.lineage.graph import Graph, branch_of, item_of, step_of
+from springhead.lineage.graph import Graph, branch_of, item_of, rows_method, step_of
 from tests.lineage.sample import TASK
 
 pytestmark = pytest.mark.unit
@@ -14,6 +14,12 @@ TRAIN = f"rl-train@{TASK}-cdt-0"
 def test_names_are_taken_apart() -> None:
     assert (branch_of(TRAIN), step_of(TRAIN), item_of(TRAIN)) == ("rl", "train", f"{TASK}-cdt-0")
     assert (branch_of("llm-filter"), step_of("llm-filter"), item_of("llm-filter")) == ("llm", "filter", "")
+
+
+def test_a_model_may_take_the_rows_of_another_method() -> None:
+    assert rows_method({"method": "mend", "seed": 0}) == "mend"
+    assert rows_method({"method": "bash", "rows_of": "sft"}) == "sft"
+    assert rows_method({"algorithm": "cdt"}) is None
 
 
 def test_upstream_is_everything_behind_a_model_makers_first(root: Path) -> None:

@@ -78,7 +78,9 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
 
     Returns:
         accuracy (mean over rows), worst_case, consistency (mean share of the modal answer), all_equal, all_right,
-        mixed, all_wrong: shares in 0..1 of the problems. A missing answer is an answer of its own.
+        mixed, all_wrong, and vote: how often the commonest answer given is right (of equals, the earlier variant's),
+        which is what asking in every order and taking the majority gets, at as many times the cost. Shares in 0..1
+        of the problems. A missing answer is an answer of its own, but has no vote.
     """
     groups = list(_by(rows, lambda r: r["problem"]).values())
     right = [[row["right"] for row in group] for group in groups]
@@ -87,6 +89,7 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
     wrong = _share(not any(flags) for flags in right)
     return {
         "accuracy": _share(row["right"] for row in rows),
+        "vote": _share(_vote(group) for group in groups),
         "worst_case": worst,
         "consistency": sum(modal) / len(modal) if modal else 0.0,
         "all_equal": _share(share == 1.0 for share in modal),
@@ -94,6 +97,15 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
         "mixed": 1.0 - worst - wrong if groups else 0.0,
         "all_wrong": wrong,
     }
+
+
+def _vote(group: Sequence[Graded]) -> bool:
+    """Whether the commonest answer of a problem's variants is right."""
+    votes = Counter(row["given"] for row in group if row["given"] is not None)
+    if not votes:
+        return False
+    winner = votes.most_common(1)[0][0]
+    return any(row["right"] for row in group if row["given"] == winner)
 
 
 def accuracy_by_order(rows: Sequence[Graded]) -> list[dict[str, Any]]:
@@ -164,7 +176,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-SIDE_BY_SIDE = ("accuracy", "worst_case", "consistency", "all_equal", "all_right", "mixed", "all_wrong", "order_drop")
+SIDE_BY_SIDE = (
+    "accuracy",
+    "vote",
+    "worst_case",
+    "consistency",
+    "all_equal",
+    "all_right",
+    "mixed",
+    "all_wrong",
+    "order_drop",
+)
 
 
 def side_by_side(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,13 @@ import pandas as pd
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
-from springhead.llm import logic, mend, solver
+from springhead.llm import mend, solver
+from springhead.llm.families import LABELLED, READERS
 from springhead.verdicts import ROW, Check, Frame
 
 SUITE = "llm-rows"
 TRAIN_FILE, EVAL_FILE = "train.jsonl", "eval.jsonl"
 TRAIN = "train"
-_READERS: Mapping[str, ModuleType] = {"dag": solver, "logic": logic}
 _TYPES: Mapping[str, type] = {
     **dict.fromkeys(("id", "method", "operator", "prompt", "completion", "answer", "split", "family"), str),
     **dict.fromkeys(("variant", "ops", "depth"), int),
@@ -54,9 +53,9 @@ class Settings:
     min_group_rows: int
     """Fewest rows of each training method and of each evaluation split."""
     max_label_share: float
-    """Largest share of one answer among a group's logic problems, whose answers are True and False."""
+    """Largest share of one answer among a group's problems whose answers are True and False."""
     max_answer_share: float
-    """Largest share of one answer among a group's arithmetic problems."""
+    """Largest share of one answer among a group's problems whose answers are numbers."""
 
     def __post_init__(self) -> None:
         for kind in ("prompt", "completion"):
@@ -197,8 +196,8 @@ def _schema_error(row: Mapping[str, Any]) -> str | None:
             return f"{name} is not valid Unicode"
     if not all(isinstance(parent, str) for parent in row["parents"]):
         return "parents holds something that is no text"
-    if row["family"] not in _READERS:
-        return f"family {row['family']!r} is unknown; known: {', '.join(_READERS)}"
+    if row["family"] not in READERS:
+        return f"family {row['family']!r} is unknown; known: {', '.join(READERS)}"
     return None
 
 
@@ -232,7 +231,7 @@ def _facts(
 
 def _solve(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """What is wrong with a row's answer and with its chain, recomputed from the text a model is shown."""
-    reader = _READERS[row["family"]]
+    reader = READERS[row["family"]]
     try:
         statements, question = solver.split_text(row["prompt"])
         truth = reader.solve(statements, question)
@@ -250,7 +249,7 @@ def _expression(row: Mapping[str, Any]) -> str | None:
     """Digest of what the row asks for without its names; None for a text that cannot be read."""
     try:
         statements, question = solver.split_text(row["prompt"])
-        return str(_READERS[row["family"]].signature(statements, question))
+        return str(READERS[row["family"]].signature(statements, question))
     except BadInput:
         return None
 
@@ -346,8 +345,8 @@ def group_frame(rows: Sequence[Mapping[str, Any]], problems: Mapping[str, str], 
         line: dict[str, Any] = dict(zip(("split", "method", "family"), key, strict=True))
         line |= {"rows": float(sizes[key]) if key in required else float("nan"), "top_answer": top[0]}
         line["top_share"] = top[1] / count if count else float("nan")
-        line["label_share_at_least"] = share if key[2] == "logic" else float("nan")
-        line["answer_share_at_least"] = share if key[2] == "dag" else float("nan")
+        line["label_share_at_least"] = share if key[2] in LABELLED else float("nan")
+        line["answer_share_at_least"] = share if key[2] in set(READERS) - LABELLED else float("nan")
         lines.append(line)
     label, answer = {"max_value": settings.max_label_share}, {"max_value": settings.max_answer_share}
     checks = (

@@ -18,12 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import pyarrow as pa
 
 from springhead.errors import BadInput
-from springhead.llm import logic, mend, solver
+from springhead.llm import mend, solver
+from springhead.llm.families import reader
 from springhead.llm.problems import TRAIN, Problem
 from springhead.llm.similarity import closest, earlier_twins, ngrams
 from springhead.llm.textrows import Row, row_id
@@ -108,22 +108,14 @@ def answer(rows: Sequence[Row]) -> list[Decision]:
     return [Decision(row["id"], "answer", (v := _grade(row)) >= 1.0, v, 1.0) for row in rows]
 
 
-def _reader(family: str) -> ModuleType:
-    """The module that reads this family's texts back."""
-    readers = {"dag": solver, "logic": logic}
-    if family not in readers:
-        raise BadInput(f"unknown family {family!r}; known: {', '.join(readers)}")
-    return readers[family]
-
-
 def _grade(row: Row) -> float:
-    reader = _reader(row["family"])
+    module = reader(row["family"])
     try:
         statements, question = solver.split_text(row["prompt"])
-        truth = reader.solve(statements, question)
+        truth = module.solve(statements, question)
         if not truth == row["answer"] == mend.final_answer(row["completion"]):
             return 0.0
-        fault = reader.chain_error(statements, question, mend.steps_of(row["completion"]))
+        fault = module.chain_error(statements, question, mend.steps_of(row["completion"]))
     except BadInput:
         return 0.0
     return 1.0 if fault is None else 0.5
@@ -137,7 +129,7 @@ def leakage(rows: Sequence[Row], problems: Sequence[Problem], threshold: float, 
     """
     held_out = [problem for problem in problems if problem.split != TRAIN]
     ids = {problem.id for problem in held_out}
-    expressions = {_reader(p.family).signature(p.statements, p.question): p.id for p in reversed(held_out)}
+    expressions = {reader(p.family).signature(p.statements, p.question): p.id for p in reversed(held_out)}
     training = [row for row in rows if row["split"] == TRAIN]
     # The variants of one problem need the same sentences: look at each such core once.
     core_of = {row["id"]: _core(row) for row in training}
@@ -168,7 +160,7 @@ def _core(row: Row) -> tuple[str, ...]:
     family = row["family"]
     try:
         statements, question = solver.split_text(row["prompt"])
-        return (family, *_reader(family).needed_statements(statements, question), question)
+        return (family, *reader(family).needed_statements(statements, question), question)
     except BadInput:
         return (family, *re.findall(r"[^.?]+[.?]?", row["prompt"]))
 
@@ -177,7 +169,7 @@ def _expression(core: tuple[str, ...]) -> str | None:
     """The signature of a core; None where it cannot be read."""
     family, *sentences = core
     try:
-        return str(_reader(family).signature(sentences[:-1], sentences[-1])) if sentences else None
+        return str(reader(family).signature(sentences[:-1], sentences[-1])) if sentences else None
     except BadInput:
         return None
 

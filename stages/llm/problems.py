@@ -1,21 +1,23 @@
 """Draw the word problems of every split: train, and the evaluation splits beside it.
 
 Writes `train.jsonl` (split train), `eval.jsonl` (all other splits) and `rows.parquet`. Arithmetic problems come from
-random graphs of facts, logic problems from an invented ontology; each carries its statements as a list, spare
-redundant statements, the gold chain and the answer. Train and evaluation share no expression (see
-`springhead.llm.problems`), so no evaluation problem is a re-ordered or renamed training problem.
+random graphs of facts, logic problems from an invented ontology, and, where asked for, problems of public sets; each
+carries its statements as a list, spare redundant statements, the gold chain and the answer. Train and evaluation share
+no expression (see `springhead.llm.problems`), so no evaluation problem is a re-ordered or renamed training problem.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
-from springhead.llm import logic, problems
+from springhead.llm import gsm8k, logic, problems, prontoqa
 from springhead.llm.problems import TRAIN, Problem
 from springhead.llm.textrows import write_rows
 from springhead.progress import Progress
@@ -47,6 +49,26 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Public:
+    """Problems of a public set, used where its file is at hand."""
+
+    split: str
+    """The split they join: train, or an evaluation split of any name."""
+    problems: int = 0
+    """The first so many; 0 for all."""
+
+
+PUBLIC: Mapping[str, Callable[[str, Path], list[Problem]]] = MappingProxyType(
+    {
+        "prontoqa": prontoqa.problems,
+        "gsm8k-train": lambda split, root: gsm8k.problems("train", split, root),
+        "gsm8k-test": lambda split, root: gsm8k.problems("test", split, root),
+    }
+)
+"""What reads a public set's problems for a split."""
+
+
+@dataclass(frozen=True)
 class Params:
     """Parameters `llm.problems`."""
 
@@ -74,6 +96,15 @@ class Params:
     """Share of them that refers to a fact of the problem instead of stating a number."""
     holdout: float
     """Share of all expressions that is reserved for evaluation splits."""
+    public: dict[str, Public] = field(default_factory=dict)
+    """Public sets by name (prontoqa, gsm8k-train, gsm8k-test) and where their problems go."""
+
+    def __post_init__(self) -> None:
+        for name, chosen in self.public.items():
+            if name not in PUBLIC:
+                raise BadInput(f"llm.problems.public: unknown set {name!r}; known: {', '.join(PUBLIC)}")
+            if chosen.problems < 0:
+                raise BadInput(f"llm.problems.public.{name}.problems is {chosen.problems}; use 0 for all")
 
     def spec(self, name: str) -> problems.ProblemSpec:
         """What the arithmetic generator draws for a split."""
@@ -133,6 +164,19 @@ def draw(params: Params, seed: int, bar: Progress | None = None) -> dict[str, li
     return drawn
 
 
+def add_public(drawn: dict[str, list[Problem]], params: Params, root: Path) -> None:
+    """Adds the problems of the public sets to their splits; one whose facts an earlier split has is left out.
+
+    Raises:
+        BadInput: a set cannot be had or read.
+    """
+    seen = {problems.facts_key(problem) for found in drawn.values() for problem in found}
+    for name, chosen in sorted(params.public.items(), key=lambda item: (item[1].split != TRAIN, item[0])):
+        found = [p for p in PUBLIC[name](chosen.split, root) if problems.facts_key(p) not in seen]
+        drawn.setdefault(chosen.split, []).extend(found[: chosen.problems or None])
+        seen.update(problems.facts_key(p) for p in found)
+
+
 def _seed(seed: int, split: str, family: str) -> int:
     return int(json_digest([seed, split, family])[:16], 16)
 
@@ -170,6 +214,7 @@ def run(stage: Stage[Params]) -> None:
     total = sum(split.dag + split.logic for split in stage.params.splits.values())
     with stage.progress(total, unit="problems") as bar:
         drawn = draw(stage.params, stage.seed, bar)
+    add_public(drawn, stage.params, stage.root)
     train = [p.to_row() for p in drawn[TRAIN]]
     evaluation = [p.to_row() for name, found in drawn.items() if name != TRAIN for p in found]
     write_rows(stage.out, {"train.jsonl": train, "eval.jsonl": evaluation})

@@ -1,0 +1,25 @@
+"""Which module reads the texts of a family of problems back and solves them."""
+
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+
+from springhead.errors import BadInput
+from springhead.llm import gsm8k, logic, prontoqa, solver
+
+READERS: Mapping[str, ModuleType] = MappingProxyType(
+    {"dag": solver, "logic": logic, prontoqa.FAMILY: prontoqa, gsm8k.FAMILY: gsm8k}
+)
+"""By family; each has `solve`, `needed_statements`, `signature` and `chain_error`."""
+LABELLED = frozenset({"logic", prontoqa.FAMILY})
+"""Families whose answers are True and False; those of the others are numbers."""
+
+
+def reader(family: str) -> ModuleType:
+    """The module of a family.
+
+    Raises:
+        BadInput: there is no such family.
+    """
+    if family not in READERS:
+        raise BadInput(f"unknown family {family!r}; known: {', '.join(READERS)}")
+    return READERS[family]

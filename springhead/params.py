@@ -147,20 +147,25 @@ def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where
     return origin(items)
 
 
+OPEN = ("rl.train.algorithms", "rl.train.tasks")
+"""Blocks that hold what differs from defaults in the code: a profile may add keys, the stage checks them."""
+
+
 def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns ``base`` with the leaves of ``changes`` put over it; null takes a whole mapping away.
 
     Raises:
-        BadInput: if ``changes`` names a key that ``base`` does not have.
+        BadInput: if ``changes`` names a key that ``base`` does not have, outside the blocks of ``OPEN``.
     """
     merged = dict(base)
+    is_open = any(f"{where}.".endswith(f".{block}.") or f".{block}." in where for block in OPEN)
     for key, value in changes.items():
-        if key not in base:
+        if key not in base and not is_open:
             close = difflib.get_close_matches(str(key), list(base), n=1)
             raise BadInput(f"{where}: unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
-        if value is None and isinstance(base[key], Mapping):
+        if value is None and isinstance(base.get(key), Mapping):
             del merged[key]
             continue
-        both = isinstance(value, Mapping) and isinstance(base[key], Mapping)
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
         merged[key] = overlay(base[key], value, f"{where}.{key}") if both else value
     return merged

@@ -78,6 +78,20 @@ def test_an_overlay_changes_leaves_and_refuses_unknown_keys() -> None:
         overlay(base, {"rl": {"train": {"step": 9}}}, "o")
 
 
+def test_an_overlay_may_add_where_a_block_holds_what_differs_from_defaults() -> None:
+    base = {"rl": {"train": {"algorithms": {"bc": {"steps": 1}}, "tasks": {}}}}
+    changes = {
+        "rl": {"train": {"algorithms": {"bc": {"device": "cuda"}, "cpq": {"steps": 2}}, "tasks": {"A": {"bc": {}}}}}
+    }
+    merged = overlay(base, changes, "o.yaml")["rl"]["train"]
+    assert merged == {
+        "algorithms": {"bc": {"steps": 1, "device": "cuda"}, "cpq": {"steps": 2}},
+        "tasks": {"A": {"bc": {}}},
+    }
+    with pytest.raises(BadInput, match=r"rl\.train: unknown key 'algorithm'"):
+        overlay(base, {"rl": {"train": {"algorithm": {}}}}, "o.yaml")
+
+
 @pytest.mark.unit
 def test_a_missing_key_is_named_to_the_level_where_it_ends() -> None:
     with pytest.raises(BadInput, match=r"missing key 'rl\.train'"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from springhead.errors import BadInput
-from springhead.params import load
+from springhead.params import load, overlay, read_params
 from springhead.rl.dataset import Episode
 from springhead.rl.offline import training
 from springhead.rl.offline.algorithms import ALGORITHMS, entry
@@ -148,6 +148,22 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path: Path) -> None:
 
 
 # -- parameters -------------------------------------------------------------------------------
+
+PROFILES = [None, *sorted((Path(__file__).parents[2] / "pipelines/profiles").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem if path else "quick")
+def test_every_profile_configures_its_algorithms(profile: Path | None) -> None:
+    chosen = read_params(Path(__file__).parents[2] / "params.yaml")
+    if profile is not None:
+        chosen = overlay(chosen, read_params(profile), profile.name)
+    params = load(Params, chosen["rl"]["train"], "params.yaml: rl.train")
+    assert chosen["rl"]["algorithms"]
+    for task in chosen["rl"]["tasks"]:
+        for algorithm in chosen["rl"]["algorithms"]:
+            assert settings(params, task, algorithm).steps >= 1
+    for block in params.algorithms:  # none that is not used
+        assert any(entry(name).block == block for name in chosen["rl"]["algorithms"])
 
 
 def test_a_tasks_own_settings_win() -> None:

@@ -157,15 +157,10 @@ def scores(task: Task, texts: Sequence[str]) -> dict[str, float]:
 def source_of(task: Task, method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
     """The source of a method's batches; None for plain fine-tuning."""
     examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error")
-    steps, tokens = task.sft.steps, task.sft.batch_tokens
     if method in bash.METHODS:
-        config = bash.of_method(method, task.bash)
-        vocabulary = bash.Vocabulary.of(model, tokenizer, config.protect_digits)
-        return bash.Bash(examples, vocabulary, config, steps, tokens, seed)
+        return bash.source(bash.of_method(method, task.bash), examples, model, tokenizer, task.sft, seed)
     if method == rac.METHOD:
-        form = rac.Form.of(model, tokenizer, task.rac.cue)
-        right = rac.same_answer(tokenizer, form.ends)
-        return rac.Rac(examples, form, right, task.rac, steps, tokens, MAX_LENGTH, seed)
+        return rac.source(task.rac, examples, model, tokenizer, task.sft, MAX_LENGTH, seed)
     return None
 
 

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from springhead.llm.decoders import Decoder, decoder_for
 from springhead.llm.generation import Decoding, choose, end_ids
 from springhead.llm.packing import Example, batches
+from springhead.llm.sft import SftConfig
 from springhead.llm.teacher import target_logits
 
 METHODS = ("bash", "bash-sequential", "noise", "scheduled")
@@ -194,6 +195,19 @@ def uniform(model: PreTrainedModel, drafts: Sequence[Draft], vocabulary: Vocabul
         for place in draft.generator.permutation(free)[:count]:
             others = words[words != draft.example.ids[place]]
             draft.read[place] = int(others[int(draft.generator.integers(len(others)))])
+
+
+def source(
+    config: BashConfig,
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: SftConfig,
+    seed: int,
+) -> "Bash":
+    """The source of a training run's batches."""
+    vocabulary = Vocabulary.of(model, tokenizer, config.protect_digits)
+    return Bash(examples, vocabulary, config, training.steps, training.batch_tokens, seed)
 
 
 class Bash:

@@ -26,6 +26,7 @@ from springhead.errors import BadInput
 from springhead.llm import chat, generation
 from springhead.llm.mend import final_answer
 from springhead.llm.packing import Example
+from springhead.llm.sft import SftConfig
 from springhead.llm.tokenizer import unknown_words
 from springhead.progress import Progress
 
@@ -132,6 +133,21 @@ def correction(prompt: Sequence[int], shown: Sequence[int], reference: Sequence[
     """The row that turns what is shown into the reference; the reference alone is trained."""
     context = form.asked_again(prompt, shown)
     return Example((*context, *reference), (False,) * len(context) + (True,) * len(reference))
+
+
+def source(
+    config: RacConfig,
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: SftConfig,
+    max_length: int,
+    seed: int,
+) -> "Rac":
+    """The source of a training run's batches; corrections have at most `max_length` tokens."""
+    form = Form.of(model, tokenizer, config.cue)
+    right = same_answer(tokenizer, form.ends)
+    return Rac(examples, form, right, config, training.steps, training.batch_tokens, max_length, seed)
 
 
 class Rac:

@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import write_json, write_jsonl
 from springhead.lineage.digests import file_digest, tree_digest
-from springhead.llm import chat, generation, parallel, sft, students
+from springhead.llm import bash, chat, generation, parallel, rac, sft, students
+from springhead.llm.bash import BashConfig
 from springhead.llm.history import write_history
 from springhead.llm.packing import Example, Overlong, encode_rows, read_conversations
+from springhead.llm.rac import RacConfig
 from springhead.params import Loader, load, read_params
 from springhead.progress import Progress
 
@@ -61,6 +63,14 @@ class Settings:
     """Order of the rows and initial LoRA weights."""
     device: students.Device = "auto"
     """cpu, cuda or auto."""
+    bash: BashConfig | None = None
+    """Mix the model's own words into what it reads (docs/methods/bash.md)."""
+    rac: RacConfig | None = None
+    """Let the model learn to correct its own answers (docs/methods/rac.md)."""
+
+    def __post_init__(self) -> None:
+        if self.bash is not None and self.rac is not None:
+            raise ValueError("bash and rac are two methods; choose one")
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -104,8 +114,8 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
     out = Path(settings.out)
     if (out / "run.json").exists():
         raise BadInput(f"{out}: holds a finished run; choose another folder or remove it")
-    source = Path(settings.model)
-    model, tokenizer = students.load(source, "cpu")
+    base = Path(settings.model)
+    model, tokenizer = students.load(base, "cpu")
     model.to(device)
     chat.use_template(tokenizer, settings.chat_template)
     ends = generation.end_texts(model, tokenizer)
@@ -117,13 +127,19 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
     samples = sft.Samples(tokenizer, settings.samples, settings.sample_tokens) if settings.samples else None
     bar = Progress(settings.sft.steps, "fine-tuning", "step") if world.first else None
     adapter = out / "adapter" if settings.sft.lora_rank else None
+    source: sft.Source | None = None
+    if settings.bash is not None:
+        source = bash.source(settings.bash, examples, model, tokenizer, settings.sft, settings.seed)
+    if settings.rac is not None:
+        how_long = settings.max_length
+        source = rac.source(settings.rac, examples, model, tokenizer, settings.sft, how_long, settings.seed)
     trained, history = sft.train(
         model, examples, held_out, settings.sft, settings.seed, out / ".scratch", bar,
-        samples=samples, world=world, adapter=adapter,
+        samples=samples, world=world, adapter=adapter, source=source,
     )  # fmt: skip
     if not world.first:
         return
-    students.save(trained, tokenizer, out / "model", students.stored_dtype(source))
+    students.save(trained, tokenizer, out / "model", students.stored_dtype(base))
     write_history(out / "history.csv", history)
     if samples is not None:
         write_jsonl(
@@ -132,10 +148,11 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
     rows = {name: file_digest(path) for name in ("train", "eval") if (path := getattr(settings, name))}
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     facts: dict[str, Any] = {
-        "parent": tree_digest(source),
+        "parent": tree_digest(base),
         "rows": rows,
         "counts": counts,
         "model": tree_digest(out / "model"),
+        "own_words": source.state if source is not None else {},
     }
     facts |= {"settings": asdict(settings), "processes": world.size, "device": device.type, "versions": versions}
     write_json(out / "run.json", facts)

@@ -95,15 +95,10 @@ def source_of(
     seed: int,
 ) -> bash.Bash | rac.Rac | None:
     """What makes the batches of a method of `OWN_WORDS`; None for the others, whose rows are trained as they are."""
-    steps, tokens = tuning.sft.steps, tuning.sft.batch_tokens
     if method in bash.METHODS:
-        mixing = bash.of_method(method, params.bash)
-        vocabulary = bash.Vocabulary.of(model, tokenizer, mixing.protect_digits)
-        return bash.Bash(examples, vocabulary, mixing, steps, tokens, seed)
+        return bash.source(bash.of_method(method, params.bash), examples, model, tokenizer, tuning.sft, seed)
     if method == rac.METHOD:
-        form = rac.Form.of(model, tokenizer, params.rac.cue)
-        right = rac.same_answer(tokenizer, form.ends)
-        return rac.Rac(examples, form, right, params.rac, steps, tokens, tuning.max_length, seed)
+        return rac.source(params.rac, examples, model, tokenizer, tuning.sft, tuning.max_length, seed)
     return None
 
 

@@ -104,6 +104,22 @@ def test_killed_and_started_again_it_makes_the_same_bytes(request_file: Path, tm
         assert tree_digest(tmp_path / "out" / name) == tree_digest(tmp_path / "whole" / name)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "counted"),
+    [
+        (["bash.refresh=2", "bash.share=1", "bash.beta_from=1"], "drawn"),
+        (["rac.cue=Answer:", "rac.share=1"], "answered"),
+    ],
+)
+def test_it_mixes_own_words_in_where_told(request_file: Path, tmp_path: Path, overrides, counted) -> None:
+    assert tune.main([str(request_file), *overrides]) == 0
+    facts = json.loads((tmp_path / "out/run.json").read_text())
+    assert facts["own_words"][counted] > 0
+    assert facts["settings"]["bash" if counted == "drawn" else "rac"] is not None
+    both = ["bash.share=1", "rac.cue=Answer:", f"out={tmp_path / 'other'}"]
+    assert tune.main([str(request_file), *both]) == 2
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -117,6 +133,8 @@ def test_killed_and_started_again_it_makes_the_same_bytes(request_file: Path, tm
         ("model=nowhere", "nowhere: not a model folder"),
         ("train=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("steps", "expected key=value"),
+        ("rac.cue=Zounds", "rac cue 'Zounds': words outside the tokenizer's vocabulary"),
+        ("bash.beta_to=2", "beta_from and beta_to must be in 0..1"),
     ],
 )
 def test_what_cannot_be_used_is_named(request_file: Path, capsys, override: str, message: str) -> None:

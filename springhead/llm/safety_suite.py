@@ -59,7 +59,7 @@ class Settings:
     max_completion_chars: int
     """Longest completion of a training row."""
     methods: tuple[str, ...]
-    """Training methods that must have rows."""
+    """Training methods that must have rows, refusals and answers balanced."""
     forms: tuple[str, ...]
     """Forms of prompts that must have training rows; no others may occur in training."""
     eval_forms: tuple[str, ...]

@@ -1,0 +1,194 @@
+"""Make Rational's rows: base prompts, their disguises, rationales and responses; and what is held out.
+
+Writes `bases.jsonl` (every base prompt with its split), `train.jsonl` with the rows of every method, `eval.jsonl` with
+every form of the held-out prompts, `rows.parquet`, and `yield.csv`: how many prompts of each kind and form got a
+written answer, an answer of the student's own that was accepted, or none.
+
+Without public sets the authored prompts alone are used. With `self_check.tries` above 0 the student is asked for its
+own rationales first (rejection sampling); what it writes acceptably takes the place of the written answer.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from springhead.errors import BadInput
+from springhead.jsonio import write_jsonl
+from springhead.lineage.digests import tree_digest
+from springhead.llm import generation, publicsets, rational, safety_data, students
+from springhead.llm.judges import refusal
+from springhead.llm.safety_data import TEST, TRAIN, Base
+from springhead.llm.textrows import Row, write_rows
+from springhead.stage import Stage, run_stage
+
+Yield = tuple[str, str, int, int, int]
+"""Kind, form, and the prompts with a written answer, with one of the student's own, and with none."""
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """How the student is asked for its own rationales."""
+
+    tries: int
+    """How often each prompt is asked until an answer is accepted; 0 asks none."""
+    max_prompts: int
+    """Ask the training prompts of so many base prompts of each kind; 0 for all."""
+    max_new_tokens: int
+    """Longest answer in tokens."""
+    batch_rows: int
+    """Prompts answered together."""
+    temperature: float
+    """Of the sampling; at 0 every try gives the same answer."""
+    top_p: float
+    """Of the sampling."""
+    device: students.Device
+    """cpu, cuda or auto. Only the CPU promises equal bytes."""
+
+    def __post_init__(self) -> None:
+        if self.tries < 0 or self.max_prompts < 0:
+            raise BadInput("llm.rational.self_check: tries and max_prompts must not be negative")
+
+    def decoding(self, seed: int) -> generation.Decoding:
+        """The same as settings of the decoder."""
+        return generation.Decoding(self.max_new_tokens, self.batch_rows, self.temperature, self.top_p, seed)
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters `llm.rational`."""
+
+    public: tuple[str, ...]
+    """Public sets to take base prompts from, beside the authored ones: advbench, xstest, coconot. Their files must be
+    there, see `docs/methods/rational.md`."""
+    contrast: bool
+    """Whether to evaluate over-refusal on CoCoNot's 379 contrast prompts too; their file must be there."""
+    similarity: float
+    """Base prompts this similar are near-duplicates and on one side of the split (Jaccard of words, 0..1)."""
+    test_share: float
+    """Share of the base prompts of each kind, source and category that is held out."""
+    forms: tuple[str, ...]
+    """Forms of the adversarial training prompts; see `springhead.llm.mutators`."""
+    benign_forms: tuple[str, ...]
+    """Forms of the benign training prompts."""
+    eval_forms: tuple[str, ...]
+    """Forms of the adversarial evaluation prompts."""
+    eval_benign_forms: tuple[str, ...]
+    """Forms of the benign evaluation prompts."""
+    methods: tuple[str, ...]
+    """Methods to write training rows for: rational, refusal-sft, rational-no-benign, rational-only-benign."""
+    self_check: SelfCheck
+    """The student's own rationales."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.similarity <= 1.0:
+            raise BadInput("llm.rational.similarity must be above 0 and at most 1")
+
+    def settings(self) -> rational.Settings:
+        """What rows to make."""
+        return rational.Settings(
+            self.forms, self.benign_forms, self.eval_forms, self.eval_benign_forms, methods=self.methods
+        )
+
+
+def base_prompts(params: Params, root: Path, seed: int) -> tuple[list[Base], int]:
+    """The base prompts with group and split, and how many were dropped because they give a contrast prompt away."""
+    contrast = publicsets.coconot_contrast(root) if params.contrast else []
+    found = [*safety_data.authored(), *safety_data.public(params.public, root)]
+    placed = safety_data.split(safety_data.grouped(found, params.similarity), params.test_share, seed)
+    kept, dropped = safety_data.without_leaks(placed, [prompt for _, prompt in contrast], params.similarity)
+    return kept + safety_data.contrast_bases(contrast), dropped
+
+
+def sampled_answers(
+    stage: Stage[Params], training: Sequence[Base], settings: rational.Settings
+) -> tuple[dict[str, rational.Sampled], dict[str, Any]]:
+    """The student's own accepted answers by prompt, and the counts of `rational.self_check`."""
+    check = stage.params.self_check
+    if not check.tries:
+        return {}, {}
+    source = stage.input("students")
+    model, tokenizer = students.load(source, check.device)
+    seen: Counter[str] = Counter()
+    asked = []
+    for goal in training:
+        if not check.max_prompts or seen[goal.kind] < check.max_prompts:
+            seen[goal.kind] += 1
+            asked.append(goal)
+    decoding = check.decoding(stage.seed)
+    sampler = rational.model_sampler(model, tokenizer, decoding)
+    facts = {key: value for key, value in asdict(decoding).items() if key not in ("batch_rows", "stop")}
+    return rational.self_check(
+        asked, settings, stage.seed, sampler, check.tries, refusal.shipped(), tree_digest(source), facts
+    )
+
+
+def yields(
+    training: Sequence[Base], settings: rational.Settings, seed: int, rows: Sequence[Mapping[str, Any]]
+) -> list[Yield]:
+    """How many prompts of each kind and form got which answer, by kind and form."""
+    made = {(row["parents"][0], row["operator"]): row["made_by"]["source"] for row in rows}
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for goal in training:
+        for form, _ in rational.forms_of(goal, settings, seed):
+            counts.setdefault((goal.kind, form), Counter())[made.get((goal.id, form), "none")] += 1
+    return [(kind, form, c[rational.TEMPLATE], c["model"], c["none"]) for (kind, form), c in sorted(counts.items())]
+
+
+def write_yield(path: Path, lines: Sequence[Yield]) -> None:
+    """`yield.csv`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kind", "form", "written", "sampled", "none"])
+        writer.writerows(lines)
+
+
+def figures(
+    bases: Sequence[Base], train: Sequence[Row], evaluation: Sequence[Row], lines: Sequence[Yield]
+) -> dict[str, Any]:
+    """Base prompts by split and kind, rows by method and kind, and who wrote the answers."""
+    splits = {side: Counter(b.kind for b in bases if b.split == side) for side in (TRAIN, TEST)}
+    methods = sorted({row["method"] for row in train})
+    return {
+        "bases": {side: dict(sorted(found.items())) for side, found in splits.items()},
+        "train": {m: dict(sorted(Counter(r["kind"] for r in train if r["method"] == m).items())) for m in methods},
+        "eval": dict(sorted(Counter(row["kind"] for row in evaluation).items())),
+        "answers": {
+            name: sum(line[column] for line in lines) for name, column in (("written", 2), ("sampled", 3), ("none", 4))
+        },
+    }
+
+
+def run(stage: Stage[Params]) -> None:
+    """Gather base prompts, split them, write their rows."""
+    settings = stage.params.settings()
+    bases, leaks = base_prompts(stage.params, stage.root, stage.seed)
+    training = [b for b in bases if b.split == TRAIN]
+    sampled, counted = sampled_answers(stage, training, settings)
+    train: list[Row] = []
+    evaluation: list[Row] = []
+    with stage.progress(len(bases), unit="prompts") as bar:
+        for base in bases:
+            if base.split == TRAIN:
+                train += rational.train_rows(base, settings, stage.seed, sampled)
+            elif base.kind != "contrast":
+                evaluation += rational.eval_rows(base, settings, stage.seed)
+            bar.advance()
+    lines = yields(training, settings, stage.seed, train)
+    write_jsonl(stage.out / "bases.jsonl", [asdict(b) for b in bases])
+    write_rows(stage.out, {"train.jsonl": train, "eval.jsonl": evaluation})
+    write_yield(stage.out / "yield.csv", lines)
+    stage.dataset(stage.out / "train.jsonl", "safety-rows-train", len(train), "output")
+    stage.dataset(stage.out / "eval.jsonl", "safety-rows-eval", len(evaluation), "output")
+    stage.metrics({**figures(bases, train, evaluation, lines), "leaks_dropped": leaks, "self_check": counted})
+
+
+def main() -> None:
+    """Entry of the DVC stage."""
+    run_stage(run, Params)
+
+
+if __name__ == "__main__":
+    main()

@@ -79,18 +79,20 @@ def arithmetic(part: str) -> Task:
     base = WORK / "arithmetic-base"
     if not (base / "config.json").exists():
         students.build_small(base, SMALL, 0)
-    train = [mend.sft_row(p) for p in problems.generate(600, 1, ARITHMETIC)]
-    seed, count = {"dev": (2, 300), "test": (3, 500)}[part]
-    held_out = problems.generate(2000, seed, replace(ARITHMETIC, split="id"))
+    train = [mend.sft_row(p) for p in problems.generate(400, 1, ARITHMETIC)]
+    seed, count = {"dev": (2, 200), "test": (3, 200)}[part]
+    held_out = problems.generate(800, seed, replace(ARITHMETIC, split="id"))
     # Dev and test problems are told apart by the digest of the problem's facts.
     mine = [p for p in held_out if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
     return Task(
         train=train,
         asked=[mend.sft_row(p) for p in mine[:count]],
         base=base,
-        sft=base_sft(300),
-        bash=bash.BashConfig(beta_from=0.05, beta_to=0.2, share=0.5, refresh=40, start=0.25),
-        rac=rac.RacConfig(cue="Answer:", refresh=40, start=0.25, max_new_tokens=60),
+        sft=sft.SftConfig(steps=300, batch_tokens=600, learning_rate=0.001),
+        bash=bash.BashConfig(beta_from=0.2, beta_to=0.6, share=0.5, refresh=20, start=0.2, protect_digits=True),
+        rac=rac.RacConfig(
+            cue="Answer:", share=1.0, right_share=0.5, temperature=0.7, refresh=20, start=0.1, max_new_tokens=60
+        ),
         max_new_tokens=60,
         scores=("right",),
     )

@@ -42,10 +42,10 @@ PROMPTS = {"adversarial": 85, "contrast": 15, "benign": 100}
 """How many of each kind a seed draws."""
 LONGEST_ROW = 700  # characters of prompt and completion, rationale included
 TUNING = sft.SftConfig(
-    steps=60, batch_tokens=500, learning_rate=2e-3, warmup=0.1, lora_rank=16, lora_alpha=32.0, checkpoint_every=10
+    steps=80, batch_tokens=500, learning_rate=2e-3, warmup=0.1, lora_rank=16, lora_alpha=32.0, checkpoint_every=10
 )
-DECODING = generation.Decoding(max_new_tokens=112, batch_rows=48)
-PARTS: Mapping[str, tuple[int, int]] = {"dev": (3, 16), "report": (6, 40)}
+DECODING = generation.Decoding(max_new_tokens=128, batch_rows=32)
+PARTS: Mapping[str, tuple[int, int]] = {"dev": (3, 16), "report": (4, 24)}
 """Adversarial evaluation rows of each form; benign rows at most of each source, as they are and in disguise."""
 
 
@@ -166,7 +166,9 @@ def run(names: Sequence[str], work: Path, part: str, seeds: Sequence[int]) -> No
         "evaluation_rows": json_digest([row["id"] for row in asked]),
         "student": tree_digest(student),
     }
-    for method, seed in [(BASE, -1), *((m, s) for s in seeds for m in METHODS)]:
+    # A seed at a time, so that what is there at any moment can be compared; the base model after the first.
+    models = [(method, seed) for seed in seeds for method in METHODS]
+    for method, seed in [*models[: len(METHODS)], (BASE, -1), *models[len(METHODS) :]]:
         name = BASE if method == BASE else f"{method}-{seed}"
         path = out / f"{name}.json"
         expected = {k: v for k, v in same.items() if method != BASE or k != "settings"}

@@ -18,7 +18,7 @@ from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.lineage import query
 from springhead.lineage.digests import file_digest
-from springhead.lineage.graph import Graph, Model, branch_of, item_of, rows_method, step_of
+from springhead.lineage.graph import Graph, Model, branch_of, item_of, role_of, rows_method, step_of
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import receipt_path
 from springhead.lineage.rows import Rows
@@ -222,7 +222,7 @@ def _filters(facts: Facts, stages: Sequence[str]) -> list[str]:
 def _verdicts(facts: Facts, stages: Sequence[str]) -> list[str]:
     lines = []
     for link in facts.graph.links:
-        if step_of(link.stage) != "validate" or not set(link.makers) & set(stages):
+        if role_of(link.stage) != "validate" or not set(link.makers) & set(stages):
             continue
         for out in facts.graph.receipts[link.stage]["outputs"]:
             path = facts.root / out / "verdict.json"
@@ -423,7 +423,7 @@ def _evaluations(facts: Facts, model: Model) -> list[dict[str, Any]]:
     """Returns the summaries of the evaluations that measured the model, as the receipts have them."""
     found = []
     for link in facts.graph.links:
-        if step_of(link.stage) not in ("evaluate", "attack") or model.stage not in link.makers:
+        if role_of(link.stage) not in ("evaluate", "attack") or model.stage not in link.makers:
             continue
         for out, output in facts.graph.receipts[link.stage]["outputs"].items():
             path = facts.root / out / "summary.json"

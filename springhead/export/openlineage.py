@@ -53,7 +53,7 @@ from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.lineage import query
 from springhead.lineage.digests import file_digest
-from springhead.lineage.graph import Graph, branch_of, step_of
+from springhead.lineage.graph import Graph, branch_of, role_of, step_of
 from springhead.lineage.history import State, receipts_by_digest
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.rows import DECISIONS, ROWS
@@ -131,7 +131,7 @@ def _behind(root: Path, ref: str) -> set[str]:
     starts = [subject.name] if subject.kind == "stage" else list(graph.makers(subject.name))
     stages = {stage for start in starts for stage in graph.upstream(start)}
     judges = {
-        k.stage for k in graph.links if step_of(k.stage) in ("validate", "evaluate") and set(k.makers) & set(starts)
+        k.stage for k in graph.links if role_of(k.stage) in ("validate", "evaluate") and set(k.makers) & set(starts)
     }
     return stages | judges
 
@@ -370,7 +370,7 @@ class _Exporter:
 
     def _verdict(self, state: State, receipt: Mapping[str, Any]) -> dict[str, Any] | None:
         for out, facts in receipt["outputs"].items():
-            if step_of(str(receipt["stage"])) == "validate" and "verdict.json" in facts.get("files", {}):
+            if role_of(str(receipt["stage"])) == "validate" and "verdict.json" in facts.get("files", {}):
                 try:
                     return dict(read_json(state.file(f"{out}/verdict.json")))
                 except BadInput:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from springhead.lineage.graph import Graph, Model, item_of, step_of
+from springhead.lineage.graph import Graph, Model, item_of, role_of, step_of
 from springhead.lineage.query import Executions, stage_facts
 from springhead.lineage.tree import figures, flat, plain_text, short
 from springhead.progress import duration
@@ -177,7 +177,7 @@ def _what(
         note = "failed" if bad else "passed with warnings" if warned else "passed" if verdicts else ""
         state = "bad" if bad else "warn" if warned else "good" if verdicts else ""
         return "verdict", note, state, [*(_verdict(v) for v in verdicts), *sections]
-    if step_of(stage) in ("evaluate", "attack"):
+    if role_of(stage) in ("evaluate", "attack"):
         about = [s for e in answer.get("evaluations", ()) if e["stage"] == stage for s in _figures(e)]
         return "evaluation", "", "", [*about, *sections]
     if made:

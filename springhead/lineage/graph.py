@@ -60,6 +60,11 @@ def step_of(stage: str) -> str:
     return stage.partition("-")[2].partition("@")[0]
 
 
+def role_of(stage: str) -> str:
+    """Returns ``evaluate`` for ``llm-evaluate@x`` and for ``llm-rational_evaluate@x``: what a step does to its data."""
+    return step_of(stage).rpartition("_")[2]
+
+
 def item_of(stage: str) -> str:
     """Returns ``BallCircle-cdt-0`` for ``rl-train@BallCircle-cdt-0``, or an empty string."""
     return stage.partition("@")[2]

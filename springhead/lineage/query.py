@@ -15,7 +15,7 @@ from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.lineage.digests import file_digest
-from springhead.lineage.graph import Graph, Model, branch_of, rows_method, step_of
+from springhead.lineage.graph import Graph, Model, branch_of, role_of, rows_method
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import receipt_path
 from springhead.lineage.rows import Rows
@@ -199,7 +199,7 @@ def _behind(root: Path, graph: Graph, subject: Subject) -> dict[str, Any]:
         "filters": [rule for s in stages for rule in rows.rules(s)],
         "origins": [{"data": d["path"], **o} for d in training for o in _named(graph, rows.origins(d["path"], method))],
         "verdicts": [v for s in judges for v in _verdicts(root, graph, s)],
-        "evaluations": [_evaluation(root, graph, s, subject.model) for s in judges if step_of(s) == "evaluate"],
+        "evaluations": [_evaluation(root, graph, s, subject.model) for s in judges if role_of(s) == "evaluate"],
         "missing": sorted(set(rows.missing)),
     }
     if subject.model is not None:
@@ -237,10 +237,10 @@ def _judges(graph: Graph, stages: list[str], subject: Subject) -> list[str]:
     """Returns the validate stages over data behind the subject, and the evaluations of the model."""
     found = set()
     for link in graph.links:
-        step = step_of(link.stage)
-        if step == "validate" and set(link.makers) & set(stages):
+        role = role_of(link.stage)
+        if role == "validate" and set(link.makers) & set(stages):
             found.add(link.stage)
-        if step in ("evaluate", "attack") and subject.model is not None and subject.model.stage in link.makers:
+        if role in ("evaluate", "attack") and subject.model is not None and subject.model.stage in link.makers:
             found.add(link.stage)
     return sorted(found, key=graph.order.index)
 

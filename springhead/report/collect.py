@@ -14,7 +14,7 @@ from typing import Any
 from springhead.errors import SpringheadError
 from springhead.jsonio import read_json
 from springhead.lineage.dvcfiles import read_lock
-from springhead.lineage.graph import Graph, branch_of, item_of, step_of
+from springhead.lineage.graph import Graph, branch_of, item_of, role_of, step_of
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.status import champions_of, last_runs
 from springhead.report import data
@@ -162,12 +162,12 @@ def _champions(facts: Facts) -> list[dict[str, Any]]:
 
 def _result(root: Path, facts: Facts, stage: str) -> list[dict[str, Any]]:
     """Returns the leaderboard and plots of an evaluation."""
-    if step_of(stage) not in ("evaluate", "attack"):
+    if role_of(stage) not in ("evaluate", "attack"):
         return []
     found: dict[str, Any] = {
         "stage": stage,
         "branch": branch_of(stage),
-        "title": item_of(stage) or stage,
+        "title": " ".join(filter(None, (item_of(stage) or stage, step_of(stage).rpartition("_")[0]))),
         "tables": [],
         "plots": [],
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from springhead.errors import SpringheadError
 from springhead.jsonio import read_json
-from springhead.lineage.graph import Graph, branch_of, item_of, step_of
+from springhead.lineage.graph import Graph, branch_of, item_of, role_of
 from springhead.lineage.rows import Rows
 
 _ROLES = {"safe": "the best that keeps the middle limit", "greedy": "the one with most reward"}
@@ -81,7 +81,7 @@ def verdicts(
     """
     found = []
     files = dict(_outputs(root, graph, "validate", "verdict.json"))
-    files |= {stage: folder / "verdict.json" for stage, folder in kept.items() if step_of(stage) == "validate"}
+    files |= {stage: folder / "verdict.json" for stage, folder in kept.items() if role_of(stage) == "validate"}
     for stage, path in files.items():
         try:
             verdict = read_json(path)
@@ -118,8 +118,8 @@ def _drift(folder: Path, stage: str, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _outputs(root: Path, graph: Graph, step: str, name: str) -> Iterator[tuple[str, Path]]:
-    """Stages of a step whose output has a file of this name, with the file."""
-    for stage in (stage for stage in graph.order if step_of(stage) == step):
+    """Stages that play a role whose output has a file of this name, with the file."""
+    for stage in (stage for stage in graph.order if role_of(stage) == step):
         for out in graph.receipts[stage]["outputs"]:
             if (root / out / name).is_file():
                 yield stage, root / out / name

@@ -4,14 +4,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from springhead import gates
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
-from springhead.llm import mutators, rational, safety_data, students
+from springhead.lineage.graph import role_of
+from springhead.llm import mutators, rational, safety_data, safety_eval, students
+from springhead.llm.judges import refusal
 from springhead.llm.sft import SftConfig
 from springhead.llm.textrows import Row, with_row_id, write_rows
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
@@ -329,3 +333,24 @@ def test_what_a_user_may_get_wrong_is_named(base: Path, tmp_path: Path) -> None:
         replace(ROWS.self_check, tries=-1)
     with pytest.raises(BadInput, match="per_form and per_source"):
         evaluating.Exam(-1, 0, 8, 8, "cpu")
+
+
+@pytest.mark.unit
+def test_the_gates_ask_for_figures_that_the_evaluation_has() -> None:
+    rules = gates.read_rules(ROOT)["rational"]
+    figures = {"agreement", *safety_eval.flat(_figures())}
+    assert {bound.metric for bound in rules.bounds} | {rules.choose} <= figures
+    assert {bound.not_above or bound.not_below or rational.REFUSAL for bound in rules.bounds} == {rational.REFUSAL}
+    assert rules.items == ()  # a run of the quick profile is too short to be judged
+
+
+def _figures() -> dict[str, Any]:
+    bases = [replace(b, group=b.id, split="test") for b in safety_data.authored()]
+    rows = [row for b in bases for row in rational.eval_rows(b, rational.Settings(), 0)]
+    return safety_eval.metrics(rows, safety_eval.judge_answers(rows, ["I can't."] * len(rows), refusal.shipped()), 0)
+
+
+@pytest.mark.unit
+def test_report_and_lineage_know_the_stages_by_what_they_do() -> None:
+    names = ("llm-rational", "llm-rational_validate", "llm-rational_finetune@smollm2-rational-0", "rl-evaluate@CarRun")
+    assert [role_of(name) for name in names] == ["rational", "validate", "finetune", "evaluate"]

@@ -88,7 +88,7 @@ def arithmetic(part: str) -> Task:
         train=train,
         asked=[mend.sft_row(p) for p in mine[:count]],
         base=base,
-        sft=sft.SftConfig(steps=300, batch_tokens=600, learning_rate=0.001),
+        sft=sft.SftConfig(steps=200, batch_tokens=600, learning_rate=0.001),
         bash=bash.BashConfig(beta_from=0.2, beta_to=0.6, share=0.5, refresh=20, start=0.2, protect_digits=True),
         rac=rac.RacConfig(
             cue="Answer:", share=1.0, right_share=0.5, temperature=0.7, refresh=20, start=0.1, max_new_tokens=60
@@ -173,27 +173,26 @@ def measure(
     rows = [row | {"completion": row.get("completion") or row["references"][0]} for row in task.asked]
     examples, _ = encode_rows(rows, tokenizer, MAX_LENGTH, "error")
     ends, pad = generation.end_ids(model, tokenizer), int(tokenizer.pad_token_id or 0)
-    prompts = [row["prompt"] for row in task.asked]
     greedy = generation.Decoding(task.max_new_tokens)
-    found: dict[str, Any] = {}
+    runs = {
+        name: freerunning.runs(model, examples, replace(greedy, temperature=temperature), ends, pad)
+        for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
+    }
+    texts = [str(tokenizer.decode(list(run.answer), skip_special_tokens=True)).strip() for run in runs["greedy"]]
+    found: dict[str, Any] = {"plain": scores(task, texts)}
     if method == rac.METHOD:
+        prompts = [row["prompt"] for row in task.asked]
         pairs = rac.correct(model, tokenizer, prompts, task.rac.cue, greedy)
-        texts, again = [pair.first for pair in pairs], [pair.second for pair in pairs]
+        again = [pair.second for pair in pairs]
         found["corrected"] = scores(task, again)
         if "right" in task.scores:
             flags = [
                 [score(r, t)["right"] == 1 for r, t in zip(task.asked, part, strict=True)] for part in (texts, again)
             ]
             found["rates"] = rac.rates(*flags)
-    else:
-        texts = generation.generate(model, tokenizer, prompts, greedy)
-    found["plain"] = scores(task, texts)
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        decoding = replace(greedy, temperature=temperature)
-        runs = freerunning.runs(model, examples, decoding, ends, pad)
-        found[f"gap_{name}"] = freerunning.summary(runs, seed)
-        if name == "greedy":
-            found["by_place"] = [{k: round(v, 4) for k, v in line.items()} for line in freerunning.by_place(runs)]
+    found |= {f"gap_{name}": freerunning.summary(those, seed) for name, those in runs.items()}
+    places = freerunning.by_place(runs["greedy"])
+    found["by_place"] = [{k: round(v, 4) for k, v in line.items()} for line in places]
     return found
 
 

@@ -23,11 +23,12 @@ from springhead.llm.teacher import target_losses
 
 @dataclass(frozen=True)
 class Run:
-    """One row: losses of the reference by place, and whether the model said the reference's token there."""
+    """One row: losses of the reference by place, whether the model said the reference's token there, and its answer."""
 
     gold: np.ndarray
     own: np.ndarray
     agrees: np.ndarray
+    answer: tuple[int, ...]
 
 
 def paired(prompt: Sequence[int], reference: Sequence[int], answer: Sequence[int]) -> tuple[Example, Example]:
@@ -72,7 +73,7 @@ def runs(
         gold, own = losses[2 * i].numpy(), losses[2 * i + 1].numpy()
         said = [*given.ids, *([reference[-1]] if given.finish == "end" else [])]
         agrees = [t < len(said) and said[t] == reference[t] for t in range(len(gold))]
-        found.append(Run(gold, own, np.array(agrees)))
+        found.append(Run(gold, own, np.array(agrees), tuple(given.ids)))
     return found
 
 

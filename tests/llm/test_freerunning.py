@@ -62,8 +62,8 @@ def test_a_model_that_says_the_reference_has_no_gap(examples):
 
 def test_the_gap_by_hand():
     found = [
-        Run(np.array([1.0, 1.0]), np.array([1.0, 3.0]), np.array([True, False])),
-        Run(np.array([2.0]), np.array([2.0]), np.array([True])),
+        Run(np.array([1.0, 1.0]), np.array([1.0, 3.0]), np.array([True, False]), (7, 8)),
+        Run(np.array([2.0]), np.array([2.0]), np.array([True]), (7,)),
     ]
     figures = freerunning.summary(found, 0)
     assert (figures["rows"], figures["places"]) == (2, 3)

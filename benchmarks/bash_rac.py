@@ -91,11 +91,17 @@ def arithmetic(part: str) -> Task:
         sft=sft.SftConfig(steps=200, batch_tokens=600, learning_rate=0.001),
         bash=bash.BashConfig(beta_from=0.2, beta_to=0.6, share=0.5, refresh=20, start=0.2, protect_digits=True),
         rac=rac.RacConfig(
-            cue="Answer:", share=1.0, right_share=0.5, temperature=0.7, refresh=20, start=0.1, max_new_tokens=60
+            cue="", again=True, share=0.5, right_share=0.5, temperature=0.7, refresh=20, start=0.25, max_new_tokens=60
         ),
         max_new_tokens=60,
         scores=("right",),
     )
+
+
+def arithmetic_long(part: str) -> Task:
+    """The same with three times the steps, for RAC, which spends most tokens on corrections."""
+    short = arithmetic(part)
+    return replace(short, sft=replace(short.sft, steps=600), rac=replace(short.rac, refresh=30, start=0.5))
 
 
 def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -134,13 +140,13 @@ def e2e(part: str) -> Task:
         base=base,
         sft=base_sft(400),
         bash=bash.BashConfig(beta_from=0.05, beta_to=0.2, share=0.5, refresh=40, start=0.25),
-        rac=rac.RacConfig(cue="", refresh=40, start=0.25, max_new_tokens=80),
+        rac=rac.RacConfig(cue="", again=True, refresh=40, start=0.25, max_new_tokens=80),
         max_new_tokens=80,
         scores=rouge.NAMES,
     )
 
 
-TASKS = {"arithmetic": arithmetic, "e2e": e2e}
+TASKS = {"arithmetic": arithmetic, "arithmetic-long": arithmetic_long, "e2e": e2e}
 
 
 def score(row: Mapping[str, Any], text: str) -> dict[str, float]:
@@ -182,7 +188,8 @@ def measure(
     found: dict[str, Any] = {"plain": scores(task, texts)}
     if method == rac.METHOD:
         prompts = [row["prompt"] for row in task.asked]
-        pairs = rac.correct(model, tokenizer, prompts, task.rac.cue, greedy)
+        form = rac.Form.of(model, tokenizer, task.rac.cue, task.rac.again)
+        pairs = rac.correct(model, tokenizer, prompts, form, greedy)
         again = [pair.second for pair in pairs]
         found["corrected"] = scores(task, again)
         if "right" in task.scores:
@@ -250,7 +257,8 @@ def cell(values: Sequence[float]) -> str:
 def table(out: Path) -> None:
     """Print one table for each task, and what each method adds to plain fine-tuning, seed by seed."""
     for name in TASKS:
-        found = {(r["method"], r["seed"]): r for r in (read_json(p) for p in sorted(out.glob(f"{name}-*.json")))}
+        files = [read_json(path) for path in sorted(out.glob("*.json"))]
+        found = {(result["method"], result["seed"]): result for result in files if result["task"] == name}
         if not found:
             continue
         columns = {**{s: score_column(s) for s in scores_of(found)}, **GAPS}

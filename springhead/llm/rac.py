@@ -40,7 +40,10 @@ class RacConfig:
     """How correction rows are made."""
 
     cue: str
-    """What the user says after an answer that is to be corrected."""
+    """What the user says after an answer that is to be corrected; may be empty where the prompt is asked again."""
+    again: bool = False
+    """Whether the prompt is asked again after the cue. A small model finds facts that stand close by, as in a plain
+    row; without it they stand before its own answer, farther off than it has ever looked."""
     share: float = 0.5
     """Share of the prompts that are answered and become correction rows too."""
     right_share: float = 0.2
@@ -65,6 +68,7 @@ class RacConfig:
         checks = {
             "share, right_share and start must be in 0..1": all(0 <= value <= 1 for value in shares),
             "refresh must be at least 1": self.refresh >= 1,
+            "an empty cue needs again": self.cue != "" or self.again,
             "plain_weight must not be negative": self.plain_weight >= 0,
             "plain_weight 0 needs share 1 and right_share 1, or batches could stay empty": self.plain_weight > 0
             or self.share == self.right_share == 1,
@@ -80,14 +84,17 @@ class RacConfig:
 
 @dataclass(frozen=True)
 class Form:
-    """What the answers of a model stand in: `cue` comes between an answer and its correction, end sign first."""
+    """What the answers of a model stand in: `cue` comes between an answer and its correction, end sign first, and then
+    the prompt once more where it is asked `again`.
+    """
 
     cue: tuple[int, ...]
+    again: bool
     ends: tuple[int, ...]
     pad: int
 
     @staticmethod
-    def of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cue: str) -> "Form":
+    def of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cue: str, again: bool = False) -> "Form":
         """The tokens that the chat template puts after an answer when the user says the cue next.
 
         Raises:
@@ -95,19 +102,19 @@ class Form:
         """
         asked, said = [{"role": "user", "content": "1."}], "3."
         before = chat.render(tokenizer, asked, answer_next=True) + said
-        turns = [*asked, {"role": "assistant", "content": said}, {"role": "user", "content": cue}]
-        whole = chat.render(tokenizer, turns, answer_next=True)
+        turns = [*asked, {"role": "assistant", "content": said}, *([{"role": "user", "content": cue}] if cue else [])]
+        whole = chat.render(tokenizer, turns, answer_next=not again)
         if not whole.startswith(before):
             raise BadInput("rac: the chat template rewrites earlier turns; choose another template")
         if words := unknown_words(tokenizer, [cue]):
             raise BadInput(f"rac cue {cue!r}: words outside the tokenizer's vocabulary: {words}")
         ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return Form(tuple(ids), tuple(generation.end_ids(model, tokenizer)), int(pad))
+        return Form(tuple(ids), again, tuple(generation.end_ids(model, tokenizer)), int(pad))
 
     def asked_again(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-        """A prompt, an answer and the cue: what a correction comes after."""
-        return [*prompt, *answer, *self.cue]
+        """A prompt, an answer, the cue and perhaps the prompt: what a correction comes after."""
+        return [*prompt, *answer, *self.cue, *(prompt if self.again else ())]
 
 
 def same_answer(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Right:
@@ -145,7 +152,7 @@ def source(
     seed: int,
 ) -> "Rac":
     """The source of a training run's batches; corrections have at most `max_length` tokens."""
-    form = Form.of(model, tokenizer, config.cue)
+    form = Form.of(model, tokenizer, config.cue, config.again)
     right = same_answer(tokenizer, form.ends)
     return Rac(examples, form, right, config, training.steps, training.batch_tokens, max_length, seed)
 
@@ -269,12 +276,11 @@ def correct(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[generation.Conversation],
-    cue: str,
+    form: Form,
     decoding: generation.Decoding,
     progress: Progress | None = None,
 ) -> list[Corrected]:
     """Answer prompts, then answer them again with the first answer and the cue in view."""
-    form = Form.of(model, tokenizer, cue)
     asked = [generation.prompt_ids(tokenizer, prompt) for prompt in prompts]
     first = generation.answer_ids(model, asked, decoding, form.ends, form.pad, progress)
     again = [form.asked_again(prompt, answer.ids) for prompt, answer in zip(asked, first, strict=True)]

@@ -133,8 +133,9 @@ def examine(candidate: Candidate, rows: Sequence[Row], gap_rows: Sequence[Row], 
     prompts = [row["prompt"] for row in rows]
     facts: dict[str, Any] = {}
     if candidate.method == rac.METHOD:
-        cue = read_json(candidate.folder.parent / "own_words.json")["settings"]["cue"]
-        pairs = rac.correct(model, tokenizer, prompts, cue, decoding, bar)
+        trained = read_json(candidate.folder.parent / "own_words.json")["settings"]
+        form = rac.Form.of(model, tokenizer, trained["cue"], trained["again"])
+        pairs = rac.correct(model, tokenizer, prompts, form, decoding, bar)
         texts = [pair.first for pair in pairs]
         facts["correction"] = correction_rates(rows, pairs)
     else:

@@ -69,6 +69,19 @@ def test_the_form_is_what_the_chat_template_writes():
     assert rac.split(whole)[1] == rac.split(alone)[1]
 
 
+def test_the_prompt_may_be_asked_again_after_the_cue(examples):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompt, reference = rac.split(examples[1])
+    shown = tokenizer("Cal = 5.")["input_ids"]
+    asked = "Cal has 4 nuts . How_many_nuts_does Cal have? <answer>"
+    for cue, said in (("", ""), ("Answer:", " Answer: <answer>")):
+        row = rac.correction(prompt, shown, reference, Form.of(model, tokenizer, cue, again=True))
+        assert text(row.ids) == f"{asked} Cal = 5 . <eos>{said} {asked} Cal = 4 . Answer: 4 <eos>"
+        assert sum(row.completion_mask) == len(reference)
+    with pytest.raises(ValueError, match="an empty cue needs again"):
+        replace(CONFIG, cue="")
+
+
 def test_words_of_the_cue_that_the_tokenizer_does_not_know_are_named():
     with pytest.raises(BadInput, match=r"rac cue 'Check that': words outside the tokenizer's vocabulary"):
         Form.of(tiny_model(), tiny_tokenizer(), "Check that")
@@ -213,7 +226,7 @@ def test_correcting_answers_again_after_the_first_answer_and_the_cue(form):
     model, tokenizer = tiny_model(spread=0.5), tiny_tokenizer()
     prompts = [row["prompt"] for row in ROWS]
     decoding = generation.Decoding(8)
-    pairs = rac.correct(model, tokenizer, prompts, CONFIG.cue, decoding)
+    pairs = rac.correct(model, tokenizer, prompts, form, decoding)
     assert [pair.first for pair in pairs] == generation.generate(model, tokenizer, prompts, decoding)
     asked = generation.prompt_ids(tokenizer, prompts[2])
     said = generation.answer_ids(model, [asked], decoding, form.ends, form.pad)[0].ids

@@ -2,6 +2,7 @@
 
     python benchmarks/cde_mazes.py collect       # the planner's data sets, 1000 episodes of each maze
     python benchmarks/cde_mazes.py references    # what random actions and the planner achieve: the scores 0 and 100
+    python benchmarks/cde_mazes.py tune          # the candidates of each algorithm, on seeds and resets of their own
     python benchmarks/cde_mazes.py run           # trains and evaluates what has no result file of its settings yet
     python benchmarks/cde_mazes.py run --task MazeUMaze --algorithm cde --ratio 0.1
     python benchmarks/cde_mazes.py table         # writes docs/results/cde-mazes.md from the result files
@@ -67,6 +68,7 @@ EPISODES = 20
 COLLECTED, COLLECT_SEED = 1000, 0
 SUBSAMPLE_SEED = 0
 EVALUATION_SEED = 20261124
+TUNED_ON, TUNING_SEEDS, TUNING_EVALUATION_SEED = "MazeUMaze", (10, 11), 7
 HEAD = """# CDE on sparse and scarce data
 
     python benchmarks/cde_mazes.py collect       # the planner's data sets
@@ -89,25 +91,49 @@ class Run:
     task: str
     algorithm: str
     ratio: float
+    candidate: int | None = None
+    """Number of a candidate of the tuning; None for what the file gives the algorithm."""
 
     @property
     def name(self) -> str:
         """The stem of its result file."""
+        if self.candidate is not None:
+            return f"tuning/{self.algorithm}-{self.candidate}"
         return f"{self.task}-{self.algorithm}-{100 * self.ratio:g}"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Training seeds."""
+        return SEEDS if self.candidate is None else TUNING_SEEDS
+
+    @property
+    def resets(self) -> tuple[int, ...]:
+        """Reset seeds of the episodes that are reported."""
+        return episode_seeds(EVALUATION_SEED if self.candidate is None else TUNING_EVALUATION_SEED, EPISODES)
+
+
+def given() -> dict[str, Any]:
+    """The benchmark's settings."""
+    found: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    return found
 
 
 def settings(run: Run) -> Settings:
-    """The run's hyper-parameters: the algorithm's defaults, the common ones, its own, its own on this maze."""
-    given: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    found = entry(run.algorithm)
-    values = {**given["common"], **(given["algorithms"].get(run.algorithm) or {})}
-    values |= (given["tasks"].get(run.task) or {}).get(run.algorithm) or {}
-    return load(found.settings_class(), values, f"{SETTINGS.name}: {run.algorithm}")
+    """The run's hyper-parameters: the algorithm's defaults, the common ones, and its own or a candidate's."""
+    own = given()["algorithms"][run.algorithm] if run.candidate is None else candidates(run.algorithm)[run.candidate]
+    values = {**given()["common"], **own}
+    return load(entry(run.algorithm).settings_class(), values, f"{SETTINGS.name}: {run.algorithm}")
+
+
+def candidates(algorithm: str) -> list[dict[str, Any]]:
+    """The settings tried for an algorithm; as many for each."""
+    found: list[dict[str, Any]] = given()["candidates"][algorithm]
+    return found
 
 
 def evaluations() -> int:
     """How many of the last policies are evaluated."""
-    return int(yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))["evaluations"])
+    return int(given()["evaluations"])
 
 
 def share(data: Dataset, ratio: float, of: Task) -> Dataset:
@@ -116,9 +142,8 @@ def share(data: Dataset, ratio: float, of: Task) -> Dataset:
     return apply(data, Steps((step,)), of, SUBSAMPLE_SEED).dataset
 
 
-def evaluate(folder: Path, of: Task) -> list[float]:
-    """Returns of episodes by the mean, from fresh reset seeds."""
-    seeds = episode_seeds(EVALUATION_SEED, EPISODES)
+def evaluate(folder: Path, of: Task, seeds: tuple[int, ...]) -> list[float]:
+    """Returns of episodes by the mean, from reset seeds."""
     groups = [Group(SavedPolicy(folder), seeds[i : i + 10], of.limits[-1]) for i in range(0, EPISODES, 10)]
     with EpisodeWorkers(of.name, 10) as workers:
         return [episode.episode_return for group in workers.run(groups) for episode in group]
@@ -128,7 +153,7 @@ def plan(run: Run, data: Path) -> dict[str, Any]:
     """Everything that decides the result of a run, as its file states it."""
     return {
         **asdict(run),
-        "seeds": list(SEEDS),
+        "seeds": list(run.seeds),
         "episodes": EPISODES,
         "evaluations": evaluations(),
         "data_sha256": file_digest(data),
@@ -145,7 +170,7 @@ def has_result(run: Run, data: Path, results: Path) -> bool:
 def execute(run: Run, data: Path, scratch: Path, results: Path) -> dict[str, Any]:
     """Trains and evaluates one run, and writes its result file."""
     of, chosen, planned = task(run.task), settings(run), plan(run, data)
-    folder = scratch / f"{run.name}-{hashlib.sha256(canonical(planned)).hexdigest()[:12]}"
+    folder = scratch / f"{run.name.replace('/', '-')}-{hashlib.sha256(canonical(planned)).hexdigest()[:12]}"
     episodes = share(read_dsrl(data), run.ratio, of).episodes()
     started, used = time.monotonic(), time.process_time()
     with Progress(chosen.steps, run.name) as bar:
@@ -154,19 +179,19 @@ def execute(run: Run, data: Path, scratch: Path, results: Path) -> dict[str, Any
             episodes,
             of,
             chosen,
-            SEEDS,
+            run.seeds,
             folder / "checkpoints",
             lambda step, figures: bar.advance(step - bar.done),
         )
     seconds = time.monotonic() - started, time.process_time() - used
     scores: dict[str, list[float]] = {}
     returns: dict[str, list[list[float]]] = {}
-    for seed, model in zip(SEEDS, trained, strict=True):
+    for seed, model in zip(run.seeds, trained, strict=True):
         points = [*sorted(model.policies.items()), (chosen.steps, model.files)]
         each = []
         for step, files in points[-evaluations() :]:
             save_model(folder / f"model-{seed}-{step}", model.config, files)
-            each.append(evaluate(folder / f"model-{seed}-{step}", of))
+            each.append(evaluate(folder / f"model-{seed}-{step}", of, run.resets))
         returns[str(seed)] = each
         scores[str(seed)] = [round(100 * of.normalised_return(float(np.mean(found))), 2) for found in each]
     result = {
@@ -178,7 +203,9 @@ def execute(run: Run, data: Path, scratch: Path, results: Path) -> dict[str, Any
         "training_seconds": {"wall": round(seconds[0], 1), "cpu": round(seconds[1], 1)},
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
-    write_json(results / f"{run.name}.json", result)
+    path = results / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
     return result
 
 
@@ -261,17 +288,19 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     collector = commands.add_parser("collect", help="collect the planner's data sets")
     refer = commands.add_parser("references", help="print the returns that score 0 and 100")
+    tuner = commands.add_parser("tune", help=f"train and evaluate every algorithm's candidates on {TUNED_ON}")
     runner = commands.add_parser("run", help="train and evaluate what has no result file of its settings yet")
     shower = commands.add_parser("table", help="write the page's tables from the result files")
     for command in (collector, refer, runner):
         command.add_argument("--task", action="append", choices=MAZES, help="only this one; may be given again")
-    for command in (collector, runner):
+    for command in (collector, runner, tuner):
         command.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
-    for command in (runner, shower):
+    for command in (runner, tuner, shower):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    runner.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="only this one; may be given again")
     runner.add_argument("--ratio", action="append", type=float, help=f"default {', '.join(map(str, RATIOS))}")
-    runner.add_argument("--scratch", type=Path, default=SCRATCH, help="checkpoints")
+    for command in (runner, tuner):
+        command.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="only this; may be given again")
+        command.add_argument("--scratch", type=Path, default=SCRATCH, help="checkpoints")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = getattr(arguments, "task", None) or MAZES
@@ -286,13 +315,11 @@ def main() -> None:
     elif arguments.command == "table":
         write_page(arguments.results)
     else:
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        wanted = [
-            Run(name, key, ratio)
-            for name in names
-            for ratio in arguments.ratio or RATIOS
-            for key in arguments.algorithm or ALGORITHMS
-        ]
+        keys = arguments.algorithm or ALGORITHMS
+        if arguments.command == "tune":
+            wanted = [Run(TUNED_ON, key, 1.0, number) for key in keys for number in range(len(candidates(key)))]
+        else:
+            wanted = [Run(name, key, ratio) for name in names for ratio in arguments.ratio or RATIOS for key in keys]
         run_all(wanted, arguments.data, arguments.scratch, arguments.results)
 
 

@@ -252,7 +252,7 @@ def over_seeds(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         One row per algorithm and limit, in order of first appearance: the mean over models of each
-        figure, and its standard deviation over models (``…_spread``; population, 0 for one model).
+        figure, and its sample standard deviation over models (``…_spread``, 0 for one model).
     """
     rows = []
     for algorithm in dict.fromkeys(model["algorithm"] for model in models):
@@ -269,7 +269,7 @@ def over_seeds(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ):
                 values = np.array([model["limits"][limit][key] for model in group])
                 row[key] = float(values.mean())
-                row[f"{key}_spread"] = float(values.std())
+                row[f"{key}_spread"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
             row["safe"] = row["normalised_cost"] <= 1
             rows.append(row)
     return rows

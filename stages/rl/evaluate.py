@@ -34,6 +34,7 @@ from springhead.rl.evaluation import (
     over_seeds,
     run_jobs,
 )
+from springhead.rl.offline.algorithms import entry
 from springhead.rl.policy import read_config
 from springhead.rl.tasks import Task, task
 from springhead.stage import Stage, run_stage
@@ -82,7 +83,7 @@ REFERENCES = ("random", "worst-expert", "best-expert")
 
 @dataclass(frozen=True)
 class Entrant:
-    """A policy to evaluate under some of the limits."""
+    """A policy to evaluate under some limits."""
 
     algorithm: str
     seed: int | None
@@ -90,6 +91,15 @@ class Entrant:
     name: str
     digest: str | None
     limits: tuple[float, ...]
+    runs: tuple[float, ...]
+    """The limits it runs under; what it gets under the first of them counts for those that are not here."""
+
+
+def limits_of(trained: Sequence[float], of: Task) -> tuple[float, ...]:
+    """The task's limits that a policy can be asked to keep, and those it was trained for; in ascending order."""
+    if not trained:
+        return of.limits
+    return tuple(sorted({*trained, *(limit for limit in of.limits if limit >= min(trained))}))
 
 
 def models(folders: Sequence[Path], root: Path, of: Task) -> list[Entrant]:
@@ -107,7 +117,9 @@ def models(folders: Sequence[Path], root: Path, of: Task) -> list[Entrant]:
         if not seed.isdigit():
             raise BadInput(f"{path}: expected …/<algorithm>/<seed>/model; the folder above is {seed!r}, not a seed")
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        found.append(Entrant(config["algorithm"], int(seed), path, name, tree_digest(path), of.limits))
+        limits = limits_of(config.get("limits", ()), of)
+        runs = limits if entry(config["algorithm"]).knows_limits else limits[:1]
+        found.append(Entrant(config["algorithm"], int(seed), path, name, tree_digest(path), limits, runs))
     if not found:
         raise BadInput(f"{', '.join(map(str, folders))}: no policy folder below; train a model first")
     return sorted(found, key=lambda entrant: (entrant.algorithm, entrant.seed))
@@ -117,15 +129,18 @@ def references(experts: Path, root: Path, of: Task) -> list[Entrant]:
     """The random policy, the worst expert, and for each limit the best expert; no experts where all is imported."""
     index = read_json(experts / "index.json")
     if not index:
-        return [Entrant("random", None, None, "random", None, of.limits)]
+        return [Entrant("random", None, None, "random", None, of.limits, of.limits[:1])]
     worst, best = expert_extremes(index, of.limits)
 
     def expert(role: str, name: str, limits: tuple[float, ...]) -> Entrant:
         path = experts / name
         shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
-        return Entrant(role, None, path, shown, tree_digest(path), limits)
+        return Entrant(role, None, path, shown, tree_digest(path), limits, limits[:1])
 
-    chosen = [Entrant("random", None, None, "random", None, of.limits), expert("worst-expert", worst, of.limits)]
+    chosen = [
+        Entrant("random", None, None, "random", None, of.limits, of.limits[:1]),
+        expert("worst-expert", worst, of.limits),
+    ]
     for name in dict.fromkeys(best.values()):
         chosen.append(expert("best-expert", name, tuple(limit for limit in of.limits if best[limit] == name)))
     return chosen
@@ -134,20 +149,17 @@ def references(experts: Path, root: Path, of: Task) -> list[Entrant]:
 def evaluate(stage: Stage[Params], of: Task, entrants: Sequence[Entrant]) -> dict[tuple[int, float], Outcome]:
     """Runs every entrant under its limits; the result is keyed by entrant number and limit.
 
-    A reference acts alike under every limit, so it runs once.
+    What acts alike under every limit runs once.
     """
     params = stage.params
     seeds = episode_seeds(stage.seed, params.episodes)
-    keys: list[tuple[int, float]] = []
-    for number, entrant in enumerate(entrants):
-        runs = entrant.limits[:1] if entrant.algorithm in REFERENCES else entrant.limits
-        keys += [(number, limit) for limit in runs]
+    keys = [(number, limit) for number, entrant in enumerate(entrants) for limit in entrant.runs]
     jobs = [Job(of.name, entrants[number].path, limit, seeds, params.num_envs) for number, limit in keys]
     with stage.progress(len(jobs), stage.name, "evaluations") as bar:
         outcomes = dict(zip(keys, run_jobs(jobs, params.processes, lambda done: bar.advance(1)), strict=True))
     for number, entrant in enumerate(entrants):
         for limit in entrant.limits:
-            outcomes.setdefault((number, limit), outcomes[number, entrant.limits[0]])
+            outcomes.setdefault((number, limit), outcomes[number, entrant.runs[0]])
     return outcomes
 
 
@@ -180,7 +192,7 @@ def choose(
     candidates = {
         number: {**kept(entrant), None: entrant.path} for number, entrant in enumerate(trained) if kept(entrant)
     }
-    keys = [(number, limit, step) for number, steps in candidates.items() for limit in of.limits for step in steps]
+    keys = [(n, limit, step) for n, steps in candidates.items() for limit in trained[n].runs for step in steps]
 
     def jobs(wanted: Sequence[tuple[int, float, int | None]], seeds: tuple[int, ...]) -> list[Job]:
         return [Job(of.name, candidates[n][step], limit, seeds, params.num_envs) for n, limit, step in wanted]
@@ -191,19 +203,20 @@ def choose(
         first = dict(zip(keys, run_jobs(jobs(keys, tried), params.processes, lambda done: bar.advance(1)), strict=True))
     picks = []
     for number, steps in candidates.items():
-        for limit in of.limits:
-            best = feasible_first([first[number, limit, step] for step in steps], limit)
+        for limit in trained[number].limits:
+            ran = limit if limit in trained[number].runs else trained[number].runs[0]
+            best = feasible_first([first[number, ran, step] for step in steps], limit)
             picks.append((number, limit, list(steps)[best]))
     earlier = [pick for pick in picks if pick[2] is not None]
     again = dict(zip(earlier, run_jobs(jobs(earlier, reported), params.processes), strict=True))
     found: dict[int, dict[str, Any]] = {}
     for number, limit, step in picks:
         entrant = trained[number]
-        entry = found.setdefault(
+        line = found.setdefault(
             number, {"algorithm": entrant.algorithm, "seed": entrant.seed, "path": entrant.name, "limits": {}}
         )
         outcome = last[number, limit] if step is None else again[number, limit, step]
-        entry["limits"][f"{limit:g}"] = {"step": step, **figures(outcome, of, limit)}
+        line["limits"][f"{limit:g}"] = {"step": step, **figures(outcome, of, limit)}
     return list(found.values())
 
 

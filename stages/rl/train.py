@@ -118,8 +118,7 @@ def run(stage: Stage[Params]) -> None:
     write_history(stage.out / "history.csv", trained.history)
     facts = {key: stage.item[key] for key in ("task", "algorithm", "seed")}
     stage.model(stage.out / "model", "policy", **facts)
-    last = trained.history[-1]
-    stage.metrics({key: value for key, value in last.items() if key.startswith("loss")})
+    stage.metrics({key: value for key, value in trained.history[-1].items() if key != "step"})
 
 
 def main() -> None:

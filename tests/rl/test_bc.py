@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from springhead.errors import BadInput
 from springhead.rl.dataset import Episode
@@ -45,7 +46,7 @@ def test_the_safety_margin_lowers_the_border() -> None:
 
 
 def test_an_empty_selection_and_an_unknown_mode_are_named() -> None:
-    with pytest.raises(BadInput, match=r"bc-safe: none of 3 episodes fits the limit 10 \(costs from 11 to 13\)"):
+    with pytest.raises(BadInput, match=r"bc-safe: none of 3 episodes costs at most 10 \(costs from 11 to 13\)"):
         bc.select("safe", np.ones(3), np.array([11.0, 12.0, 13.0]), 10.0)
     with pytest.raises(BadInput, match="unknown BC mode 'bold'"):
         bc.select("bold", RETURNS, COSTS, 10.0)
@@ -178,14 +179,34 @@ def test_bad_data_are_named_before_training(tmp_path: Path) -> None:
         train("safe", dataset([(9.0, 18), (9.5, 19)]), SMALL, 0, tmp_path)
 
 
-def test_one_episode_is_enough_to_train(tmp_path: Path) -> None:
-    assert train("safe", [episode(5.0, 1)], SMALL, 0, tmp_path).history[-1]["step"] == 6
+def test_data_that_say_nothing_of_costs_are_refused(tmp_path: Path) -> None:
+    for mode in ("safe", "risky", "boundary", "multi-task"):
+        with pytest.raises(BadInput, match=f"bc-{mode} on BallCircle: one episode only"):
+            train(mode, [episode(5.0, 10)], SMALL, 0, tmp_path)
+    with pytest.raises(BadInput, match="bc-multi-task on BallCircle: each of 2 episodes costs 3"):
+        train("multi-task", dataset([(1.0, 3), (2.0, 3)]), SMALL, 0, tmp_path)
+    # What does not look at costs needs no two of them.
+    assert train("all", [episode(5.0, 1)], SMALL, 0, tmp_path).history[-1]["step"] == 6
 
 
-def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(tmp_path: Path) -> None:
+def test_what_is_selected_is_in_the_message(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"bc-safe: none of 2 episodes costs at most 7 \(costs from 8 to 9\)"):
+        train("safe", dataset([(1.0, 8), (2.0, 9)]), replace(SMALL, safety_margin=0.3), 0, tmp_path)
+    with pytest.raises(BadInput, match="bc-risky: none of 2 episodes costs at least 80"):
+        train("risky", dataset([(1.0, 8), (2.0, 9)]), SMALL, 0, tmp_path)
+
+
+def test_weights_that_are_not_finite_stop_at_the_last_good_state(tmp_path: Path) -> None:
+    fine = replace(SMALL, steps=2, checkpoint_every=1)
+    train("all", spread(4), fine, 0, tmp_path / "fine")
     wild = replace(SMALL, learning_rate=1e38, steps=50, checkpoint_every=1)
-    with pytest.raises(BadInput, match=r"not finite at step \d+; the last good state, of step \d+, is kept"):
-        train("all", spread(4), wild, 0, tmp_path)
+    with pytest.raises(BadInput, match=r"weight\.\S+ is not finite at step \d+; .*rates of bc in rl.train.algorithms"):
+        train("all", spread(4), wild, 0, tmp_path / "wild")
+    for folder in (tmp_path / "wild").glob("step-*"):
+        assert all(value.isfinite().all() for value in load_file(folder / "state.safetensors").values())
+    # The last step is looked at as well, though no figure comes after it.
+    with pytest.raises(BadInput, match="is not finite at step 1; no state was kept yet"):
+        train("all", spread(4), replace(SMALL, learning_rate=1e39, steps=1), 0, tmp_path / "one")
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -77,7 +77,7 @@ def test_the_leaderboard_averages_over_seeds() -> None:
     rows = over_seeds([model("cdt", 0.4, 0.8), model("cdt", 0.8, 1.0), model("bc-safe", 0.5, 1.2)])
     assert [row["algorithm"] for row in rows] == ["cdt", "bc-safe"]
     assert rows[0]["normalised_return"] == pytest.approx(0.6)
-    assert rows[0]["normalised_return_spread"] == pytest.approx(0.2)
+    assert rows[0]["normalised_return_spread"] == pytest.approx(0.08**0.5)
     assert (rows[0]["models"], rows[0]["safe"]) == (2, True)
     assert (rows[1]["models"], rows[1]["safe"], rows[1]["normalised_cost_spread"]) == (1, False, 0.0)
 

@@ -45,12 +45,29 @@ def params(algorithm: str) -> train.Params:
     return train.Params({found.block: chosen})
 
 
+def test_limits_of_ones_own_are_evaluated(data: Path, tmp_path: Path) -> None:
+    inputs = {"filter": data, "validate": data.parent / "verdict.json", "experts": data.parent / "experts"}
+    chosen = train.Params({"bc": {"steps": 3, "batch_size": 4, "hidden": [8], "limits": [15, 30]}})
+    for algorithm in ("bc-safe", "bc-all"):
+        item = {"task": "BallCircle", "algorithm": algorithm, "seed": "0"}
+        train.run(for_test(chosen, tmp_path / "train" / algorithm / "0", inputs, item))
+    asked = evaluate.Params(episodes=1, num_envs=1, processes=1, selection_episodes=1)
+    judged = for_test(asked, tmp_path / "evaluate", {**inputs, "train": tmp_path / "train"}, {"task": "BallCircle"})
+    evaluate.run(judged)
+    models = {one["algorithm"]: one["limits"] for one in read_json(judged.out / "summary.json")["models"]}
+    assert sorted(models["bc-safe"]) == ["15", "20", "30", "40"]
+    # It knows no limits: its one episode is compared with each of them.
+    assert sorted(models["bc-all"]) == ["10", "20", "40"]
+    assert len({one["episode_return"] for one in models["bc-all"].values()}) == 1
+
+
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_it_is_trained_evaluated_and_loaded(algorithm: str, data: Path, tmp_path: Path) -> None:
     inputs = {"filter": data, "validate": data.parent / "verdict.json", "experts": data.parent / "experts"}
     item = {"task": "BallCircle", "algorithm": algorithm, "seed": "4"}
     trained = for_test(params(algorithm), tmp_path / "train" / algorithm / "4", inputs, item, seed=4)
     train.run(trained)
+    assert any(name.startswith(("loss", "value_loss", "nu_loss", "advantage_error")) for name in trained.record.metrics)
     config = read_json(trained.out / "model/config.json")
     assert (config["task"], config["algorithm"]) == ("BallCircle", algorithm)
     assert [path.name for path in (trained.out / "policies").iterdir()] == ["00000002"]

@@ -1,7 +1,7 @@
 """The loop all offline algorithms share: members, policies on the way, figures, and what it refuses to begin."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,53 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path: Path) -> None:
+    train("bc-safe", spread(4), SMALL, tmp_path)
+    train("bc-safe", spread(4), SMALL, tmp_path)
+    with pytest.raises(BadInput, match="holds a checkpoint with other settings; remove it"):
+        train("bc-safe", spread(4), replace(SMALL, hidden=(9,), steps=20), tmp_path)
+    with pytest.raises(BadInput, match="with other settings, seeds and limits"):
+        train("bc-safe", spread(4), replace(SMALL, limits=(25.0,)), tmp_path, seeds=(7,))
+    with pytest.raises(BadInput, match="with other data"):
+        train("bc-safe", spread(5), SMALL, tmp_path)
+    with pytest.raises(BadInput, match="with other algorithm, seeds and limits"):
+        train("bc-all", spread(4), SMALL, tmp_path)
+
+
+def test_what_a_killed_save_leaves_goes_with_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".tmp-4194305"
+    left.mkdir()
+    (left / "state.safetensors").write_bytes(b"half")
     train("bc-all", spread(3), SMALL, tmp_path)
-    with pytest.raises(BadInput, match="the checkpoint is of other networks"):
-        train("bc-all", spread(3), replace(SMALL, hidden=(9,), steps=20), tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_seeds_are_named_once(seeds: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="name at least one, and each once"):
+        train("bc-all", spread(3), SMALL, tmp_path, seeds=seeds)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (
+            "rewards",
+            lambda a: a[:, None],
+            r"episode 1 of BallCircle: rewards have shape \(60, 1\), \(60,\) was expected",
+        ),
+        ("costs", lambda a: a[:-1], r"costs have shape \(59,\)"),
+        ("actions", lambda a: a[:-1], r"actions have shape \(59, 2\)"),
+        ("actions", lambda a: 3 * a, r"an action of size .*; actions lie in \[-1, 1\]"),
+        ("next_observations", lambda a: a[:, :-1], r"next_observations have shape \(60, 7\)"),
+    ],
+)
+def test_wrong_shapes_and_actions_out_of_bounds_are_named(
+    key: str, change: Callable[[np.ndarray], np.ndarray], message: str, tmp_path: Path
+) -> None:
+    episodes = spread(3, 60)
+    episodes[1] = replace(episodes[1], **{key: change(getattr(episodes[1], key))})
+    with pytest.raises(BadInput, match=message):
+        train("bc-all", episodes, SMALL, tmp_path)
 
 
 # -- parameters -------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class Entry:
         maker: What makes its learner, called with name, data, task, settings and members.
         by_limit: Whether it is trained for one cost limit, so that a seed's model has a network for each.
         block: Its parameters' key in ``rl.train.algorithms``.
+        conditioned: Whether one network acts differently under different limits.
     """
 
     module: str
@@ -34,6 +35,7 @@ class Entry:
     maker: str
     by_limit: bool
     block: str
+    conditioned: bool = False
 
     def settings_class(self) -> type[Settings]:
         """The class of its settings; only its own module is imported."""
@@ -45,12 +47,17 @@ class Entry:
         found: MakeLearner = getattr(self._module(), self.maker)
         return found
 
+    @property
+    def knows_limits(self) -> bool:
+        """Whether its policies act differently under different cost limits."""
+        return self.by_limit or self.conditioned
+
     def _module(self) -> Any:
         return import_module(f"springhead.rl.offline.{self.module}")
 
 
-def _bc(by_limit: bool) -> Entry:
-    return Entry("bc", "BCSettings", "BC", by_limit, "bc")
+def _bc(by_limit: bool, conditioned: bool = False) -> Entry:
+    return Entry("bc", "BCSettings", "BC", by_limit, "bc", conditioned)
 
 
 ALGORITHMS: Mapping[str, Entry] = MappingProxyType(
@@ -60,12 +67,12 @@ ALGORITHMS: Mapping[str, Entry] = MappingProxyType(
         "bc-risky": _bc(True),
         "bc-boundary": _bc(True),
         "bc-frontier": _bc(False),
-        "bc-multi-task": _bc(False),
+        "bc-multi-task": _bc(False, conditioned=True),
         "bcq-lag": Entry("bcq_lag", "BCQLagSettings", "BCQLag", True, "bcq-lag"),
         "bear-lag": Entry("bear_lag", "BEARLagSettings", "BEARLag", True, "bear-lag"),
         "cpq": Entry("cpq", "CPQSettings", "CPQ", True, "cpq"),
         "coptidice": Entry("coptidice", "COptiDICESettings", "COptiDICE", True, "coptidice"),
-        "cdt": Entry("cdt", "CDTSettings", "CDT", False, "cdt"),
+        "cdt": Entry("cdt", "CDTSettings", "CDT", False, "cdt", conditioned=True),
         "cde": Entry("cde", "CDESettings", "CDE", False, "cde"),
         "optidice": Entry("optidice", "OptiDICESettings", "OptiDICE", False, "optidice"),
         "cql": Entry("cql", "CQLSettings", "CQL", False, "cql"),

@@ -150,12 +150,22 @@ def flatten(episodes: Sequence[Episode], task: Task) -> Flat:
     if not episodes:
         raise BadInput(f"no episodes of {task.name} to train on; loosen the filters or collect more")
     for number, episode in enumerate(episodes):
-        wanted = (task.observation_dim, task.action_dim)
-        found = (episode.observations.shape[-1], episode.actions.shape[-1])
-        if found != wanted:
+        length = len(episode.observations)
+        shapes = {
+            **dict.fromkeys(("observations", "next_observations"), (length, task.observation_dim)),
+            "actions": (length, task.action_dim),
+            **dict.fromkeys(("rewards", "costs", "terminals", "timeouts"), (length,)),
+        }
+        for key, wanted in shapes.items():
+            if (found := np.shape(getattr(episode, key))) != wanted:
+                raise BadInput(
+                    f"episode {number} of {task.name}: {key} have shape {found}, {wanted} was expected; "
+                    "train on this task's own data"
+                )
+        if np.abs(episode.actions).max(initial=0) > 1 + 1e-4:
             raise BadInput(
-                f"episode {number} ({episode.id[:12]}): observation and action lengths {found}, "
-                f"task {task.name} has {wanted}; train on this task's own data"
+                f"episode {number} ({episode.id[:12]}): an action of size {np.abs(episode.actions).max():g}; "
+                "actions lie in [-1, 1], scale them when importing"
             )
         arrays = (episode.observations, episode.next_observations, episode.actions, episode.rewards, episode.costs)
         if not all(np.isfinite(array).all() for array in arrays) or (episode.costs < 0).any():

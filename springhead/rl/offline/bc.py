@@ -26,7 +26,7 @@ from torch import nn
 
 from springhead.errors import BadInput
 from springhead.rl.offline.actor_policy import actor_config
-from springhead.rl.offline.batches import Flat, Sampler
+from springhead.rl.offline.batches import Flat, Sampler, check_constraint
 from springhead.rl.offline.contract import Generators, Member, OutOfRange, Settings, above_zero
 from springhead.rl.offline.frontier import fit_until, pareto
 from springhead.rl.offline.stacked import MLP
@@ -88,8 +88,13 @@ def select(
     else:
         raise BadInput(f"unknown BC mode {mode!r}; known: {', '.join(MODES)}")
     if not chosen.any():
+        wanted = {
+            "safe": f"at most {(1 - margin) * limit:g}",
+            "risky": f"at least {2 * limit:g}",
+            "boundary": f"between {0.5 * limit:g} and {1.5 * limit:g}",
+        }
         raise BadInput(
-            f"bc-{mode}: none of {len(returns)} episodes fits the limit {limit:g} "
+            f"bc-{mode}: none of {len(returns)} episodes costs {wanted.get(mode, 'what its curve asks for')} "
             f"(costs from {costs.min():g} to {costs.max():g}); collect more or loosen the filters"
         )
     return np.flatnonzero(chosen)
@@ -101,6 +106,10 @@ class BC:
     def __init__(self, name: str, data: Flat, task: Task, settings: BCSettings, members: Sequence[Member]) -> None:
         self.members, self.task, self.settings = members, task, settings
         self.mode = name.removeprefix("bc-")
+        if self.mode == "multi-task":
+            check_constraint(name, data, task, task.limits)
+        elif self.mode in ("safe", "risky", "boundary") and len(data.returns) == 1:
+            raise BadInput(f"{name} on {task.name}: one episode only; there is nothing to select from, collect more")
         seeds = [member.seed for member in members]
         chosen = {
             limit: data.transitions(select(self.mode, data.returns, data.cost_returns, limit, settings.safety_margin))

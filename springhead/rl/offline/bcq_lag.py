@@ -86,7 +86,7 @@ class BCQLagSettings(CandidateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "critics", "acting_samples")
-        at_least(0, self, "perturbation", "kp", "ki", "kd")
+        at_least(0, self, "kp", "ki", "kd")
         above_zero(self, "perturbation")
         fraction(self, "low_weight")
 

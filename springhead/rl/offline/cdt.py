@@ -16,6 +16,8 @@ Deviations from the released code, with reasons in ``docs/methods/cdt.md``:
   6. Continuous costs train a regression head; the released code truncates them (``cost_head="truncated"``).
   7. The state-prediction head, whose published weight is 0, is left out.
   8. The log standard deviation is clamped (``bounded``); the learning rate may decay (``decay``).
+  9. All weights start alike (``attention_start``), augmented return targets begin at the frontier and not 1 above it,
+     and the cost's loss is a mean over steps that exist; the released one counts padding.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from springhead.rl.offline.sequences import Batch, Sampler, Scheme
 from springhead.rl.offline.stacked import clip_members
 from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
 from springhead.rl.policy import read_config, read_tensors
-from springhead.rl.tasks import Task
+from springhead.rl.tasks import TASKS, Task
 
 LOG_STD_RANGE = (-5.0, 2.0)
 """Bounds of the log standard deviation. Without any, a deterministic data set drives the likelihood to infinity."""
@@ -94,6 +96,8 @@ class CDTSettings(Settings):
     """Classes for binary costs and regression for others, or classes of truncated costs as in the released code."""
     entropy: Literal["joint", "per-dimension"] = "joint"
     """What is compared with -|A|: the joint entropy, or its mean over dimensions as in the released code."""
+    attention_start: Literal["normal", "released"] = "normal"
+    """First weights of queries, keys and values: like all others, or Xavier-uniform as PyTorch's own attention."""
     bounded: bool = True
     """Clamp the log standard deviation; the released code declares bounds and does not use them."""
     return_scale: float | None = 0.1
@@ -112,7 +116,7 @@ class CDTSettings(Settings):
     return_quantile: float = 1.0
     """Act under this quantile of the returns of all episodes within the cost target; at 1 the frontier's return."""
     return_targets: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    """By task, (cost limit, return target) pairs to act by instead of the data's frontier."""
+    """By task, (cost limit, return target) pairs to act by instead of the data's frontier; limits without margin."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Training items with infeasible targets."""
     checkpoint_every: int = 500
@@ -126,6 +130,14 @@ class CDTSettings(Settings):
         above_zero(self, "learning_rate", "gradient_clip")
         at_least(0, self, "temperature_rate", "weight_decay", "warmup", "cost_weight")
         fraction(self, "dropout", "target_margin", "return_quantile")
+        for name in ("return_scale", "cost_scale", "cost_reference", "sampling_cap"):
+            if getattr(self, name) is not None:
+                above_zero(self, name)
+        if self.limits and not max(self.limits):
+            raise OutOfRange("limits are all 0; CDT's scales are derived from the highest, name one above 0")
+        unknown = sorted(set(self.return_targets) - set(TASKS))
+        if unknown:
+            raise OutOfRange(f"return_targets name unknown tasks: {', '.join(unknown)}")
         if self.width % self.heads:
             raise OutOfRange(f"width is {self.width}; use a multiple of heads, {self.heads}")
         for name in ("dropout", "target_margin"):
@@ -196,7 +208,8 @@ class CDT:
             cost_outputs=_cost_outputs(settings, data),
         )
         bounds = LOG_STD_RANGE if settings.bounded else None
-        self.network = Transformer(Generators(seeds), self.shape, bounds).to(settings.device)
+        released = settings.attention_start == "released"
+        self.network = Transformer(Generators(seeds), self.shape, bounds, released).to(settings.device)
         self.log_temperature = nn.Parameter(torch.full((len(seeds),), math.log(0.1), device=settings.device))
         self.modules: nn.Module = nn.Module()
         self.modules.network = self.network
@@ -333,7 +346,8 @@ class CdtPolicy:
         """Begins new episodes."""
         budget = (1 - self._config["target_margin"]) * cost_limit
         self._time = 0
-        self._return = torch.full((num_envs,), self.return_target(budget), dtype=torch.float64)
+        target = self.return_target(cost_limit if self._config["return_targets"] else budget)
+        self._return = torch.full((num_envs,), target, dtype=torch.float64)
         self._cost = torch.full((num_envs,), float(budget), dtype=torch.float64)
         self._past: list[torch.Tensor] = []
 

@@ -33,8 +33,9 @@ class State(NamedTuple):
 def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
     """Saves a checkpoint and removes the earlier ones."""
     target = folder / f"step-{step:08d}"
+    for left in folder.glob(".tmp-*"):  # of a process that was killed while saving
+        shutil.rmtree(left, ignore_errors=True)
     temporary = folder / f".tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / "state.safetensors")
     write_json(temporary / "state.json", {"step": step, "facts": dict(facts)})

@@ -9,6 +9,7 @@ each member draws from a generator of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,8 +77,11 @@ class Settings:
             raise OutOfRange(f"hidden is {list(self.hidden)}; name at least one layer, of 1 or more units")
         if self.policies > self.steps:
             raise OutOfRange(f"policies is {self.policies} of {self.steps} steps; keep fewer")
-        if any(limit < 0 for limit in self.limits) or len(set(self.limits)) < len(self.limits):
-            raise OutOfRange(f"limits are {list(self.limits)}; name different limits of 0 or more")
+        # Files are named by six digits.
+        if not all(0 <= limit < math.inf for limit in self.limits) or len({f"{x:g}" for x in self.limits}) < len(
+            self.limits
+        ):
+            raise OutOfRange(f"limits are {list(self.limits)}; name different limits of 0 or more, to six digits")
 
 
 class OutOfRange(BadInput, ValueError):
@@ -96,14 +100,14 @@ def at_least(low: float, settings: object, *names: str) -> None:
 
 
 def above_zero(settings: object, *names: str) -> None:
-    """Makes sure that fields of settings are more than 0.
+    """Makes sure that fields of settings are more than 0, and finite.
 
     Raises:
         OutOfRange: Naming the first that is not.
     """
     for name in names:
-        if not getattr(settings, name) > 0:
-            raise OutOfRange(f"{name} is {getattr(settings, name)}; use more than 0")
+        if not 0 < getattr(settings, name) < math.inf:
+            raise OutOfRange(f"{name} is {getattr(settings, name)}; use more than 0, and finite")
 
 
 def fraction(settings: object, *names: str) -> None:

@@ -9,7 +9,7 @@ An offline method without a constraint: it sees no costs. Here it is a baseline 
 
 Deviations:
   1. The likelihood is that of a tanh-squashed Gaussian by default; ``squashed: false`` is the authors' Gaussian whose
-     mean is bounded by tanh.
+     mean is bounded by tanh. Its deviation depends on the state in both; the authors' does not.
   2. An episode cut by its horizon is bootstrapped through.
 """
 

@@ -50,6 +50,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1 or self.degree < 0 or self.distance_offset <= 0:
             raise ValueError("augmentation: needs 0 <= share <= 1, degree >= 0 and distance_offset > 0")
+        if min(self.cost_bins, self.return_bins, self.max_per_cell) < 1 or self.min_per_cell < 0:
+            raise ValueError("augmentation: bins and max_per_cell must be at least 1, min_per_cell 0 or more")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ copied from the device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from springhead.errors import BadInput
+from springhead.lineage.digests import json_digest
 from springhead.rl.dataset import Episode
 from springhead.rl.offline import checkpoint
 from springhead.rl.offline.algorithms import Entry, entry
@@ -60,23 +61,30 @@ def train(
         task: Its task.
         settings: Of the algorithm's own class.
         seeds: One model for each, in their order.
-        scratch: Folder for resume checkpoints, of this run alone.
+        scratch: Folder for resume checkpoints. A checkpoint of another run in it (algorithm, task, settings, seeds,
+            limits or data) is refused.
         on_step: Told about progress every ``report_every`` steps, and once when resuming.
 
     Returns:
         One entry per seed.
 
     Raises:
-        BadInput: If there is no such algorithm, the data do not fit it, or a figure stops being finite.
+        BadInput: If there is no such algorithm, the data do not fit it, the scratch folder holds another run's
+            checkpoint, or a figure or a weight stops being finite.
     """
     found = entry(name)
     check_device(settings.device)
     members = members_of(found, task, settings, seeds)
-    data = flatten(episodes, task)
-    with torch.random.fork_rng(devices=[]):
-        learner = found.learner()(name, data, task, settings, members)
-        history = fit(learner, name, settings, scratch, on_step)
-        last = _unpacked(_packed(learner), members)
+    learner = found.learner()(name, flatten(episodes, task), task, settings, members)
+    run = {
+        "algorithm": name,
+        "task": task.name,
+        "settings": json_digest(asdict(settings)),
+        "seeds and limits": json_digest([asdict(member) for member in members]),
+        "data": json_digest([episode.id for episode in episodes]),
+    }
+    history = fit(learner, run, settings, scratch, on_step)
+    last = _unpacked(_packed(learner), members)
     kept = {
         step: _unpacked(load_file(scratch / f"policies-{step:08d}.safetensors"), members)
         for step in policy_steps(settings)
@@ -98,7 +106,13 @@ def train(
 
 
 def members_of(found: Entry, task: Task, settings: Settings, seeds: Sequence[int]) -> list[Member]:
-    """One member for each seed and, where the algorithm is trained for one limit, each limit."""
+    """One member for each seed and, where the algorithm is trained for one limit, each limit.
+
+    Raises:
+        BadInput: If there is no seed, or one is named twice.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise BadInput(f"seeds are {list(seeds)}; name at least one, and each once")
     if not found.by_limit:
         return [Member(seed) for seed in seeds]
     return [Member(seed, limit) for seed in seeds for limit in sorted(settings.limits or task.limits)]
@@ -110,14 +124,37 @@ def policy_steps(settings: Settings) -> list[int]:
     return sorted({round(settings.steps * (i + 1) / (count + 1)) for i in range(count)} - {0, settings.steps})
 
 
-def fit(learner: Learner, name: str, settings: Settings, scratch: Path, on_step: OnStep) -> list[dict[str, float]]:
+def fit(
+    learner: Learner, run: Mapping[str, str], settings: Settings, scratch: Path, on_step: OnStep
+) -> list[dict[str, float]]:
     """Takes all steps; returns the learning curve, a figure of each member per column.
 
+    Args:
+        learner: What is trained.
+        run: What tells this run from others, by what it is; the algorithm's name among it.
+        settings: Of the run.
+        scratch: See :func:`train`.
+        on_step: See :func:`train`.
+
     Raises:
-        BadInput: If a figure is not finite; the last good state is kept in ``scratch``.
+        BadInput: If the checkpoint is another run's, or a figure or a weight is not finite; the last good state is
+            kept in ``scratch``.
     """
     first, history, saved = 0, list[dict[str, float]](), 0
+    name = run["algorithm"]
+
+    def check(values: Mapping[str, bool], step: int) -> None:
+        if (bad := next((key for key, finite in values.items() if not finite), None)) is not None:
+            where = f"the last good state, of step {saved}, is kept in {scratch}" if saved else "no state was kept yet"
+            raise BadInput(
+                f"{name}: {bad} is not finite at step {step}; {where}. Lower the learning rates of "
+                f"{entry(name).block} in rl.train.algorithms and train again, from the start"
+            )
+
     if (state := checkpoint.latest(scratch)) is not None:
+        other = [key for key, value in run.items() if state.facts.get("run", {}).get(key) != value]
+        if other:
+            raise BadInput(f"{scratch}: holds a checkpoint with other {', '.join(other)}; remove it, or name another")
         checkpoint.unpack(state.tensors, learner)
         first, history = state.step, state.facts["history"]
         saved = first
@@ -129,18 +166,16 @@ def fit(learner: Learner, name: str, settings: Settings, scratch: Path, on_step:
         if not (last or due or step in keep or step % settings.report_every == 0):
             continue
         row = _readable(learner.members, figures)
-        if not np.isfinite(list(row.values())).all():
-            where = f"the last good state, of step {saved}, is kept in {scratch}" if saved else "no state was kept yet"
-            bad = next(key for key, value in row.items() if not np.isfinite(value))
-            raise BadInput(
-                f"{name}: {bad} is not finite at step {step}; {where}. Lower the learning rates of {name} in rl.train"
-            )
+        check({key: bool(np.isfinite(value)) for key, value in row.items()}, step)
+        tensors = checkpoint.pack(learner) if last or due or step in keep else {}
+        # Figures are of before the step, these of after it.
+        check({key: bool(value.isfinite().all()) for key, value in tensors.items()}, step)
         if step in keep:
             scratch.mkdir(parents=True, exist_ok=True)
             save_file(_packed(learner), scratch / f"policies-{step:08d}.safetensors")
         if last or due:
             history.append({"step": step, **row})
-            checkpoint.save(scratch, step, checkpoint.pack(learner), {"history": history})
+            checkpoint.save(scratch, step, tensors, {"history": history, "run": dict(run)})
             saved = step
         on_step(step, row)
     return history

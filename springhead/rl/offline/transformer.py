@@ -141,10 +141,13 @@ class BlockWeights(NamedTuple):
 class Block(nn.Module):
     """The weights of a pre-norm transformer block: causal self-attention, then a GELU layer of four times the width."""
 
-    def __init__(self, generators: Generators, width: int) -> None:
+    def __init__(self, generators: Generators, width: int, xavier: bool) -> None:
         super().__init__()
         self.norm_attention = Norm(len(generators), width)
         self.qkv = Linear(generators, width, 3 * width)
+        if xavier:
+            bound = (6 / (4 * width)) ** 0.5
+            self.qkv.weight = nn.Parameter(generators.uniform(width, 3 * width, low=-bound, high=bound))
         self.mix = Linear(generators, width, width)
         self.norm_mlp = Norm(len(generators), width)
         self.up = Linear(generators, width, 4 * width)
@@ -290,9 +293,16 @@ class Transformer(nn.Module):
         generators: Source of the initial weights, one generator for each member.
         shape: Sizes.
         log_std_range: Bounds of the log standard deviation, None for none.
+        xavier: Whether queries, keys and values start Xavier-uniform, as in PyTorch's own attention.
     """
 
-    def __init__(self, generators: Generators, shape: Shape, log_std_range: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        generators: Generators,
+        shape: Shape,
+        log_std_range: tuple[float, float] | None = None,
+        xavier: bool = False,
+    ) -> None:
         super().__init__()
         self.shape, self.log_std_range = shape, log_std_range
         width = shape.width
@@ -302,7 +312,9 @@ class Transformer(nn.Module):
         self.state_token = Linear(generators, shape.observation_dim, width)
         self.action_token = Linear(generators, shape.action_dim, width)
         self.norm_in = Norm(len(generators), width)
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(generators, width) for _ in range(shape.layers))  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(generators, width, xavier) for _ in range(shape.layers)
+        )
         self.norm_out = Norm(len(generators), width)
         self.action_head = Linear(generators, width, 2 * shape.action_dim)
         self.cost_head = Linear(generators, width, shape.cost_outputs)

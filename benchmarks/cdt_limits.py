@@ -5,7 +5,7 @@
 
 Hyper-parameters are those of ``rl.train`` in ``params.yaml`` (the quick profile); ``--set key=value`` changes one. A
 run trains the models of all seeds side by side; each then acts for 20 episodes under each limit, from resets that are
-the same for all. A seed's result is a file in ``docs/results/offline``, ``run`` leaves out what is there and goes on
+the same for all. A seed's result is a file in ``docs/results/cdt-limits``, ``run`` leaves out what is there and goes on
 from its checkpoints, and ``table`` reads the files and nothing else.
 """
 
@@ -51,7 +51,7 @@ def chosen(of: Task, changes: list[str]) -> CDTSettings:
 
 def result_path(folder: Path, of: Task, seed: int) -> Path:
     """Where a seed's result lies."""
-    return folder / f"cdt-limits-{of.name}-{seed}.json"
+    return folder / f"{of.name}-{seed}.json"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(options: argparse.Namespace) -> None:
     """Writes the page from the result files."""
-    files = sorted(options.results.glob("cdt-limits-*.json"))
+    files = sorted(options.results.glob("*.json"))
     if not files:
         raise SystemExit(f"{options.results}: no result files; make them with `python benchmarks/cdt_limits.py run`")
     results = [read_json(file) for file in files]
@@ -132,7 +132,7 @@ def table(options: argparse.Namespace) -> None:
 
 PAGE = """# One CDT model under cost limits between those of its task
 
-Made by `python benchmarks/cdt_limits.py table` from the files `offline/cdt-limits-*.json`, and those by
+Made by `python benchmarks/cdt_limits.py table` from the files `cdt-limits/*.json`, and those by
 `python benchmarks/cdt_limits.py run --data <folder>`: the quick profile's settings ({steps} steps of {batch}
 sequences), seeds {seeds}, {episodes} episodes for each seed and limit, resets of seed {resets} that no choice was made
 on, torch {torch}. The criterion is a mean cost of at most 1.1 times the limit for each seed.
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=Path(), help="folder with <task>.hdf5 (offline_parity.py makes it)"
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/offline")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/cdt-limits")
     parser.add_argument("--scratch", type=Path, default=ROOT / ".springhead/cdt-limits")
     parser.add_argument("--task", nargs="+", default=["BallCircle", "CarRun"])
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])

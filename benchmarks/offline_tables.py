@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def cells(results: list[dict[str, Any]]) -> dict[tuple[str, str, float, str], Ce
 
 def tables(folder: Path, settings: dict[str, Any]) -> str:
     """The Markdown tables: one per task, and the courses of the constraints."""
-    results = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    every = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    results = [one for one in every if one["data_sha256"] == settings["data_sha256"][one["task"]]]
+    if len(results) < len(every):
+        print(f"{len(every) - len(results)} result files are of other data and left out", file=sys.stderr)
     found = cells(results)
     lines: list[str] = []
     counts = {"agrees": [0, 0], "at least as good": [0, 0]}

@@ -95,7 +95,7 @@ def _change_of_mind(row: Row) -> Row:
     return with_row_id({**row, "completion": f"Rationale: It is harmless. I can answer.\n\nResponse:{tail}"})
 
 
-GERMAN = "Leider kann ich dabei nicht helfen, weil jemand zu Schaden kommen könnte und das gegen das Gesetz ist."
+GERMAN = "Leider kann ich dabei nicht helfen, weil jemand zu Schaden kommen könnte und ein Gesetz dagegen spricht."
 # What to do to a training row of `rational` that refuses: the expectations that must name it.
 FAULTS: dict[str, tuple[Callable[[Row], Row], set[str]]] = {
     "no goal": (

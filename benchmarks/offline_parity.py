@@ -88,16 +88,25 @@ def safe_returns(path: Path, limits: list[float]) -> dict[str, float]:
     }
 
 
+def more_seeds(chosen: Settings, name: str, algorithm: str) -> list[int]:
+    """Seeds beside the common ones for a task and algorithm, at the middle limit alone."""
+    found: list[int] = (chosen.get("more_seeds", {}).get(name) or {}).get(algorithm, [])
+    return found
+
+
 def osrl_jobs(chosen: Settings, files: dict[str, tuple[Path, str]], results: Path) -> list[dict[str, Any]]:
     """All of OSRL's runs, the middle limit first; one per seed and limit, but for CDT one per seed."""
     low, middle, high = chosen["limits"]
     jobs = []
+    extra = sorted({s for own in chosen.get("more_seeds", {}).values() for seeds in own.values() for s in seeds})
     for limit in (middle, low, high):
-        for seed in chosen["seeds"]:
+        for seed in [*chosen["seeds"], *extra]:
             for name in chosen["tasks"]:
                 for algorithm, parameters in chosen["osrl"].items():
                     every = algorithm == "cdt"
                     if every and limit != middle:
+                        continue
+                    if seed in extra and (limit != middle or seed not in more_seeds(chosen, name, algorithm)):
                         continue
                     path, digest = files[name]
                     job = {
@@ -166,7 +175,10 @@ def run_ours(arguments: argparse.Namespace) -> None:
                 asked = {"task": name, "algorithm": algorithm, "mode": mode}
                 if all(not getattr(arguments, key) or value in getattr(arguments, key) for key, value in asked.items()):
                     limits = [one for one in chosen["limits"] if not arguments.limit or one in arguments.limit]
-                    train_ours(chosen, mode, task(name), algorithm, limits, files[name], arguments)
+                    train_ours(chosen, mode, task(name), algorithm, limits, chosen["seeds"], files[name], arguments)
+                    middle = chosen["limits"][1]
+                    if (more := more_seeds(chosen, name, algorithm)) and middle in limits:
+                        train_ours(chosen, mode, task(name), algorithm, [middle], more, files[name], arguments)
 
 
 def train_ours(
@@ -175,6 +187,7 @@ def train_ours(
     of: Task,
     algorithm: str,
     limits: list[float],
+    seeds: list[int],
     file: tuple[Path, str],
     arguments: argparse.Namespace,
 ) -> None:
@@ -189,7 +202,6 @@ def train_ours(
     config, (path, digest), name = our_settings(chosen, mode, algorithm), file, f"{mode}-{of.name}-{algorithm}"
     facts = {"side": mode, "algorithm": algorithm, "task": of.name, "data_sha256": digest, "steps": config.steps}
     facts["parameters"] = {key: value for key, value in plain(asdict(config)).items() if key != "limits"}
-    seeds = chosen["seeds"]
     if not entry(algorithm).by_limit:
         limits = [ALL_LIMITS]
 

@@ -13,7 +13,10 @@ from springhead.rl.lagrangian import q_threshold
 from springhead.rl.tasks import task
 
 SIDES = ("osrl", "released", "intended")
-T_BOUNDS = {2: 4.303, 3: 3.182, 4: 2.776}
+T_BOUNDS = {
+    2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179,
+    13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101,
+}  # fmt: skip
 """Two-sided 5 % bounds of Student's t by degrees of freedom: seeds of both sides less two."""
 
 

@@ -108,7 +108,7 @@ def test_killed_and_started_again_it_makes_the_same_bytes(request_file: Path, tm
     ("overrides", "counted"),
     [
         (["bash.refresh=2", "bash.share=1", "bash.beta_from=1"], "drawn"),
-        (["rac.cue=Answer:", "rac.share=1"], "answered"),
+        (["rac.cue='Answer:'", "rac.share=1"], "answered"),
     ],
 )
 def test_it_mixes_own_words_in_where_told(request_file: Path, tmp_path: Path, overrides, counted) -> None:
@@ -116,7 +116,7 @@ def test_it_mixes_own_words_in_where_told(request_file: Path, tmp_path: Path, ov
     facts = json.loads((tmp_path / "out/run.json").read_text())
     assert facts["own_words"][counted] > 0
     assert facts["settings"]["bash" if counted == "drawn" else "rac"] is not None
-    both = ["bash.share=1", "rac.cue=Answer:", f"out={tmp_path / 'other'}"]
+    both = ["bash.share=1", "rac.cue='Answer:'", f"out={tmp_path / 'other'}"]
     assert tune.main([str(request_file), *both]) == 2
 
 

@@ -78,8 +78,8 @@ HEAD = """# CDE on sparse and scarce data
 Scores are 0 for random actions and 100 for the planner that knows the goal ([mazes](../methods/mazes.md)). A cell is
 the mean over three seeds and the standard deviation between them; a seed's score is the mean of 20 episodes by the
 mean action at each of the last three of ten points of the training. Six algorithms, the same {steps} steps, batches and
-networks: `benchmarks/cde_settings.yaml`, chosen for each algorithm among four on `MazeUMaze` with other seeds and resets
-(`tune`). One file per run, with all settings, lies in `docs/results/cde-mazes/`. torch {torch}.
+networks: `benchmarks/cde_settings.yaml`, chosen for each algorithm among four on `MazeUMaze`, with other seeds and
+resets (`tune`). One file per run, with all settings, lies in `docs/results/cde-mazes/`. torch {torch}.
 
 """
 

@@ -1,5 +1,6 @@
-"""Parquet tables with deterministic bytes: the row tables, decisions and verdict rows."""
+"""Tables with deterministic bytes: Parquet for rows, decisions and verdicts, CSV for results that people read."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ def write_table(path: Path | str, columns: Mapping[str, Sequence[Any] | np.ndarr
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd", version="2.6", store_schema=True, row_group_size=ROW_GROUP)
     return table
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of the same keys as CSV with a header, numbers to six digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def read_table(path: Path | str) -> pa.Table:

@@ -1,6 +1,7 @@
 """The training curve of a run and its file."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 COLUMNS = ("step", "tokens", "train_loss", "learning_rate", "eval_loss")
@@ -16,3 +17,16 @@ def write_history(path: Path, history: History) -> None:
         for line in history:
             shown = {name: int(value) if name in ("step", "tokens") else f"{value:.6g}" for name, value in line.items()}
             writer.writerow(shown | ({"eval_loss": ""} if line["eval_loss"] < 0 else {}))
+
+
+def run_figures(history: History, counts: Mapping[str, int]) -> dict[str, float]:
+    """What a fine-tuning stage reports of a run: the counts of `springhead.llm.packing.encode_rows`, length, losses."""
+    last = history[-1]
+    return {
+        **{name: counts[name] for name in ("rows", "dropped", "truncated")},
+        "steps": int(last["step"]),
+        "tokens": int(last["tokens"]),
+        "epochs": last["tokens"] / counts["tokens"],
+        "train_loss": last["train_loss"],
+        "eval_loss": last["eval_loss"],
+    }

@@ -372,14 +372,7 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = Trainer(wrapped, config, seed, world, identity_of(examples, config, seed, source))
     checkpoint = scratch / "checkpoint" if scratch is not None else None
-    if checkpoint is not None and (checkpoint / "state.json").exists():
-        trainer.restore(checkpoint)
-        if progress is not None:
-            progress.resume(trainer.step)
-    if samples is not None:
-        samples.taken = trainer.taken
-    if source is not None:
-        source.state.update(trainer.source_state)
+    _go_on(trainer, checkpoint, progress, samples, source)
     wrapped.train()
     batches_of_rows = _batches_of_rows(trainer, examples, source)
     if config.packing and not packs(model):
@@ -403,6 +396,20 @@ def train(
         save_adapter(wrapped, adapter)
     model.eval()
     return merged(wrapped), trainer.history
+
+
+def _go_on(
+    trainer: Trainer, checkpoint: Path | None, progress: Progress | None, samples: Samples | None, source: Source | None
+) -> None:
+    """Goes on from the checkpoint, if there is one: the trainer and all that is told about it."""
+    if checkpoint is not None and (checkpoint / "state.json").exists():
+        trainer.restore(checkpoint)
+        if progress is not None:
+            progress.resume(trainer.step)
+    if samples is not None:
+        samples.taken = trainer.taken
+    if source is not None:
+        source.state.update(trainer.source_state)
 
 
 def _batches_of_rows(trainer: Trainer, examples: Sequence[Example], source: Source | None) -> Iterator[list[Example]]:

@@ -346,7 +346,7 @@ def group_frame(rows: Sequence[Mapping[str, Any]], problems: Mapping[str, str], 
         line |= {"rows": float(sizes[key]) if key in required else float("nan"), "top_answer": top[0]}
         line["top_share"] = top[1] / count if count else float("nan")
         line["label_share_at_least"] = share if key[2] in LABELLED else float("nan")
-        line["answer_share_at_least"] = share if key[2] in set(READERS) - LABELLED else float("nan")
+        line["answer_share_at_least"] = share if key[2] in READERS and key[2] not in LABELLED else float("nan")
         lines.append(line)
     label, answer = {"max_value": settings.max_label_share}, {"max_value": settings.max_answer_share}
     checks = (

@@ -6,7 +6,6 @@ it cost the reference, by place) and two figures. A model that was trained to co
 with its first answer in view; what that changed is in the summary. The stage metrics are those of the main split.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from springhead.jsonio import read_json, read_jsonl, write_json
 from springhead.lineage.digests import tree_digest
 from springhead.llm import evaluation, freerunning, generation, plots, rac, students
 from springhead.llm.packing import encode_rows
+from springhead.llm.tuned import Candidate, candidates
 from springhead.progress import Progress
 from springhead.stage import Stage, run_stage
-from springhead.tables import write_table
+from springhead.tables import write_csv, write_table
 
 ANSWERS = pa.schema(
     [
@@ -40,7 +40,6 @@ ANSWERS = pa.schema(
         ("right", pa.bool_()),
     ]
 )
-BASE_SEED = -1
 Row = Mapping[str, Any]
 
 
@@ -71,34 +70,6 @@ class Params:
     """The split that the stage metrics, `methods` of the summary and the figures show."""
     students: dict[str, Exam]
     """By student."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to examine; `seed` is -1 for the base."""
-
-    method: str
-    seed: int
-    folder: Path
-
-
-def candidates(base: Path, tuned: Sequence[Path]) -> list[Candidate]:
-    """The base, then every `<method>/<seed>/model` folder at or below the given ones, by method and seed.
-
-    Raises:
-        BadInput: there is no fine-tuned model.
-    """
-    found = set()
-    for root in tuned:
-        for config in root.rglob("model/config.json"):
-            folder = config.parent
-            if not any(part.startswith(".") for part in folder.relative_to(root).parts):
-                found.add(folder)
-    if not found:
-        raise BadInput("no fine-tuned model among the dependencies; run the finetune stage")
-    models = [Candidate(f.parent.parent.name, int(f.parent.name), f) for f in sorted(found)]
-    models.sort(key=lambda c: (c.method != "sft", c.method, c.seed))
-    return [Candidate("base", BASE_SEED, base), *models]
 
 
 def exam_rows(path: Path, exam: Exam) -> list[Row]:
@@ -163,18 +134,9 @@ def correction_rates(rows: Sequence[Row], pairs: Sequence[rac.Corrected]) -> dic
 def answer_columns(candidate: Candidate, digest: str, texts: Sequence[str], graded: Sequence[Row]) -> dict[str, Any]:
     """One model's part of `answers.parquet`."""
     columns: dict[str, Any] = {name: [row[name] for row in graded] for name in ANSWERS.names if name in graded[0]}
-    same = {"model": digest, "method": candidate.method, "seed": candidate.seed}
+    same = {"model": digest, **candidate.who}
     columns |= {name: [value] * len(graded) for name, value in same.items()}
     return columns | {"row": [row["id"] for row in graded], "text": list(texts)}
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a header; numbers with six digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def leaderboard(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -227,7 +189,7 @@ def run(stage: Stage[Params]) -> None:
     rows = exam_rows(stage.input("filter") / "eval.jsonl", exam)
     if split not in (known := sorted({str(row["split"]) for row in rows})):
         raise BadInput(f"params.yaml: llm.evaluate.main_split: no rows of split {split!r}; there are {known}")
-    found = candidates(stage.input("students"), stage.inputs("finetune"))
+    found = candidates(stage.input("students"), stage.inputs("finetune"), "sft", "llm-finetune")
     columns: dict[str, list[Any]] = {name: [] for name in ANSWERS.names}
     models: list[dict[str, Any]] = []
     by_order: list[dict[str, Any]] = []
@@ -240,7 +202,7 @@ def run(stage: Stage[Params]) -> None:
             graded = found_out.graded
             for name, values in answer_columns(candidate, digest, found_out.texts, graded).items():
                 columns[name] += values
-            who = {"method": candidate.method, "seed": candidate.seed}
+            who = candidate.who
             by_order += [{**who, **line} for line in evaluation.accuracy_by_order(graded)]
             by_place += [{**who, **line} for line in found_out.places]
             path = candidate.folder.relative_to(stage.root).as_posix()

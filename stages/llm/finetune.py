@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from springhead.errors import BadInput
 from springhead.jsonio import read_jsonl, write_json, write_jsonl
 from springhead.llm import bash, chat, generation, rac, sft, students
-from springhead.llm.history import write_history
+from springhead.llm.history import run_figures, write_history
 from springhead.llm.packing import Example, Overlong, encode_rows
 from springhead.stage import Stage, run_stage
 
@@ -131,19 +131,7 @@ def run(stage: Stage[Params]) -> None:
         write_jsonl(stage.out / "samples.jsonl", [{**s, **facts[s["conversation"]]} for s in samples.taken])
     if source is not None:
         write_json(stage.out / "own_words.json", {"settings": source.identity, "counts": source.state})
-    last = history[-1]
-    stage.metrics(
-        {
-            "rows": counts["rows"],
-            "dropped": counts["dropped"],
-            "truncated": counts["truncated"],
-            "steps": int(last["step"]),
-            "tokens": int(last["tokens"]),
-            "epochs": last["tokens"] / counts["tokens"],
-            "train_loss": last["train_loss"],
-            "eval_loss": last["eval_loss"],
-        }
-    )
+    stage.metrics(run_figures(history, counts))
     stage.dataset(data / "train.jsonl", f"rows-{rows_method}", counts["rows"], "training")
     stage.model(
         stage.out / "model", "language-model", student=student, method=method, rows_of=rows_method, seed=int(seed)

@@ -8,7 +8,6 @@ Without public sets the authored prompts alone are used. With `self_check.tries`
 own rationales first (rejection sampling); what it writes acceptably takes the place of the written answer.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +22,12 @@ from springhead.llm.judges import refusal
 from springhead.llm.safety_data import TEST, TRAIN, Base
 from springhead.llm.textrows import Row, write_rows
 from springhead.stage import Stage, run_stage
+from springhead.tables import write_csv
 
 Yield = tuple[str, str, int, int, int]
 """Kind, form, and the prompts with a written answer, with one of the student's own, and with none."""
+YIELD = ("kind", "form", "written", "sampled", "none")
+"""The columns of `yield.csv`."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,6 @@ def yields(
     return [(kind, form, c[rational.TEMPLATE], c["model"], c["none"]) for (kind, form), c in sorted(counts.items())]
 
 
-def write_yield(path: Path, lines: Sequence[Yield]) -> None:
-    """`yield.csv`."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", "form", "written", "sampled", "none"])
-        writer.writerows(lines)
-
-
 def figures(
     bases: Sequence[Base], train: Sequence[Row], evaluation: Sequence[Row], lines: Sequence[Yield]
 ) -> dict[str, Any]:
@@ -155,9 +149,7 @@ def figures(
         "bases": {side: dict(sorted(found.items())) for side, found in splits.items()},
         "train": {m: dict(sorted(Counter(r["kind"] for r in train if r["method"] == m).items())) for m in methods},
         "eval": dict(sorted(Counter(row["kind"] for row in evaluation).items())),
-        "answers": {
-            name: sum(line[column] for line in lines) for name, column in (("written", 2), ("sampled", 3), ("none", 4))
-        },
+        "answers": {name: sum(line[YIELD.index(name)] for line in lines) for name in YIELD[2:]},
     }
 
 
@@ -179,7 +171,7 @@ def run(stage: Stage[Params]) -> None:
     lines = yields(training, settings, stage.seed, train)
     write_jsonl(stage.out / "bases.jsonl", [asdict(b) for b in bases])
     write_rows(stage.out, {"train.jsonl": train, "eval.jsonl": evaluation})
-    write_yield(stage.out / "yield.csv", lines)
+    write_csv(stage.out / "yield.csv", [dict(zip(YIELD, line, strict=True)) for line in lines])
     stage.dataset(stage.out / "train.jsonl", "safety-rows-train", len(train), "output")
     stage.dataset(stage.out / "eval.jsonl", "safety-rows-eval", len(evaluation), "output")
     stage.metrics({**figures(bases, train, evaluation, lines), "leaks_dropped": leaks, "self_check": counted})

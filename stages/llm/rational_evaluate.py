@@ -6,10 +6,8 @@ model, mean and spread over seeds by method), `leaderboard.csv`, `by_form.csv` (
 that could be useful to an attacker.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,8 +19,9 @@ from springhead.llm import generation, rational, safety_eval, students
 from springhead.llm.evaluation import spread
 from springhead.llm.judges import refusal
 from springhead.llm.safety_eval import Judgement, Row
+from springhead.llm.tuned import BASE, Candidate, candidates
 from springhead.stage import Stage, run_stage
-from springhead.tables import write_table
+from springhead.tables import write_csv, write_table
 
 ANSWERS = pa.schema(
     [
@@ -44,7 +43,6 @@ ANSWERS = pa.schema(
         ("form_fault", pa.string()),
     ]
 )
-BASE, BASE_SEED = "base", -1
 
 
 @dataclass(frozen=True)
@@ -75,29 +73,6 @@ class Params:
     """By student."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model to examine; `seed` is -1 for the base."""
-
-    method: str
-    seed: int
-    folder: Path
-
-
-def candidates(base: Path, tuned: Sequence[Path]) -> list[Candidate]:
-    """The base, then every fine-tuned model: the control first, then by method and seed.
-
-    Raises:
-        BadInput: there is no fine-tuned model.
-    """
-    folders = {config.parent for root in tuned for config in root.rglob("model/config.json")}
-    models = [Candidate(folder.parents[1].name, int(folder.parent.name), folder) for folder in folders]
-    if not models:
-        raise BadInput("no fine-tuned model among the dependencies; run llm-rational_finetune")
-    models.sort(key=lambda c: (c.method != rational.REFUSAL, c.method, c.seed))
-    return [Candidate(BASE, BASE_SEED, base), *models]
-
-
 def answer_columns(
     candidate: Candidate, digest: str, rows: Sequence[Row], texts: Sequence[str], found: Sequence[Judgement]
 ) -> dict[str, list[Any]]:
@@ -109,7 +84,7 @@ def answer_columns(
         "text": list(texts),
     }
     columns |= {name: [row[name] for row in rows] for name in ("kind", "source")}
-    same = {"model": digest, "method": candidate.method, "seed": candidate.seed}
+    same = {"model": digest, **candidate.who}
     columns |= {name: [value] * len(rows) for name, value in same.items()}
     judged = [asdict(j) for j in found]
     return columns | {name: [j[name] for j in judged] for name in judged[0]}
@@ -163,15 +138,6 @@ def compact(methods: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[st
     return values
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a header; numbers with six digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def run(stage: Stage[Params]) -> None:
     """Ask every model every row, judge, summarise."""
     student, judge = stage.item["student"], refusal.shipped()
@@ -179,7 +145,8 @@ def run(stage: Stage[Params]) -> None:
         raise BadInput(f"params.yaml: llm.rational_evaluate.students: no settings for {student!r}; add a block")
     exam = stage.params.students[student]
     rows = safety_eval.sample(list(read_jsonl(stage.input("rational") / "eval.jsonl")), exam.per_form, exam.per_source)
-    found = candidates(stage.input("students"), stage.inputs("rational_finetune"))
+    tuned = stage.inputs("rational_finetune")
+    found = candidates(stage.input("students"), tuned, rational.REFUSAL, "llm-rational_finetune")
     decoding = generation.Decoding(exam.max_new_tokens, exam.batch_rows)
     columns: dict[str, list[Any]] = {name: [] for name in ANSWERS.names}
     models: list[dict[str, Any]] = []
@@ -194,7 +161,7 @@ def run(stage: Stage[Params]) -> None:
             digest = tree_digest(candidate.folder)
             for name, values in answer_columns(candidate, digest, rows, texts, judged).items():
                 columns[name] += values
-            who = {"method": candidate.method, "seed": candidate.seed}
+            who = candidate.who
             path = candidate.folder.relative_to(stage.root).as_posix()
             flat = safety_eval.flat(detail)
             models.append({**who, "path": path, "digest": digest, "metrics": flat, "detail": detail})

@@ -7,12 +7,11 @@ Writes `model/`, a Hugging Face folder in the number format of the student (LoRA
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_jsonl
 from springhead.llm import chat, generation, rational, sft, students
-from springhead.llm.history import write_history
+from springhead.llm.history import run_figures, write_history
 from springhead.llm.packing import Overlong, encode_rows
 from springhead.llm.textrows import Row
 from springhead.stage import Stage, run_stage
@@ -72,11 +71,8 @@ def run(stage: Stage[Params]) -> None:
         trained, history = sft.train(model, examples, [], tuning.sft, stage.seed, stage.scratch, bar, stage.log)
     students.save(trained, tokenizer, stage.out / "model", students.stored_dtype(source))
     write_history(stage.out / "history.csv", history)
-    last = history[-1]
-    values: dict[str, Any] = {name: counts[name] for name in ("rows", "dropped", "truncated")}
-    values |= {"steps": int(last["step"]), "tokens": int(last["tokens"]), "epochs": last["tokens"] / counts["tokens"]}
-    values |= {"refuse_share": sum(row["answer"] == rational.REFUSE for row in rows) / len(rows)}
-    stage.metrics({**values, "train_loss": last["train_loss"]})
+    refused = sum(row["answer"] == rational.REFUSE for row in rows) / len(rows)
+    stage.metrics({**run_figures(history, counts), "refuse_share": refused})
     stage.dataset(data / "train.jsonl", f"rows-{method}", counts["rows"], "training")
     stage.model(stage.out / "model", "language-model", student=student, method=method, seed=int(seed))
 

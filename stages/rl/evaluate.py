@@ -10,7 +10,6 @@ feasible-first rule: chosen for each limit on episodes of its own, reported on t
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from springhead.rl.offline.algorithms import entry
 from springhead.rl.policy import read_config
 from springhead.rl.tasks import Task, task
 from springhead.stage import Stage, run_stage
-from springhead.tables import write_table
+from springhead.tables import write_csv, write_table
 
 
 @dataclass(frozen=True)
@@ -254,14 +253,6 @@ def summarise(
         }
         for number, entrant in enumerate(entrants)
     ]
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows as CSV, numbers to six digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0])
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
 
 
 def write_frontier(out: Path, data: Path, of: Task, rows: Sequence[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from springhead.llm import evaluation, mend, problems, students
 from springhead.llm.bash import BashConfig
 from springhead.llm.rac import RacConfig
 from springhead.llm.sft import SftConfig
+from springhead.llm.tuned import candidates
 from springhead.stage import for_test
 from springhead.tables import read_table
 from stages.llm import evaluate, finetune
@@ -231,7 +232,12 @@ def test_evaluate_stage_measures_the_gap_and_what_correction_changed(world: Path
 def test_evaluate_refuses_what_it_cannot_examine(world: Path, tmp_path: Path):
     (tmp_path / "finetune").mkdir()
     with pytest.raises(BadInput, match="no fine-tuned model"):
-        evaluate.candidates(world / "students", [tmp_path / "finetune"])
+        candidates(world / "students", [tmp_path / "finetune"], "sft", "llm-finetune")
+    hidden = tmp_path / "finetune/.tmp-1/sft/0/model"
+    hidden.mkdir(parents=True)
+    (hidden / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="no fine-tuned model among the dependencies; run llm-finetune"):
+        candidates(world / "students", [tmp_path / "finetune"], "sft", "llm-finetune")
     inputs = {"students": world / "students", "filter": world / "filter", "finetune": tmp_path / "finetune"}
     params = evaluate.Params("ood", {"small-llama": Exam(0, True, 8, 16, "cpu")})
     stage = for_test(params, tmp_path / "out", inputs, {"student": "small-llama"}, 0, "llm", "evaluate")

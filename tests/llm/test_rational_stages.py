@@ -318,8 +318,6 @@ def test_what_a_user_may_get_wrong_is_named(base: Path, tmp_path: Path) -> None:
         tune(base, "rational", params=tuning.Params({"tiny": drawn}))
     with pytest.raises(BadInput, match="no settings for 'tiny'"):
         tune(base, "rational", params=tuning.Params({}))
-    with pytest.raises(BadInput, match="no fine-tuned model"):
-        evaluating.candidates(base / "students", [tmp_path])
     for values, reason in (
         ({"forms": ["past-tense"]}, "past-tense are kept for evaluation"),
         ({"methods": ["rude"]}, r"llm\.rational\.methods: unknown or none \['rude'\]"),

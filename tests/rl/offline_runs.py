@@ -67,28 +67,46 @@ def curve(name: str, settings: Settings, scratch: Path, figures: Sequence[str], 
     return seen
 
 
-def check_resuming(name: str, settings: Settings, tmp_path: Path) -> None:
-    """Training killed after five steps and resumed equals uninterrupted training, in every byte of the model."""
+def check_resuming(
+    name: str, settings: Settings, tmp_path: Path, at: int = 5, saved: int = 4, episodes: Sequence[Episode] = EPISODES
+) -> Trained:
+    """Training killed at a step and resumed equals uninterrupted training, in every byte of the model.
+
+    Args:
+        name: The algorithm.
+        settings: Its settings.
+        tmp_path: A folder.
+        at: The step after which it is killed.
+        saved: The step of the checkpoint before it.
+        episodes: The data.
+
+    Returns:
+        What was trained; its model folder is ``a``.
+    """
 
     def run(scratch: str, on_step: Callable[[int, dict[str, float]], None] = lambda step, row: None) -> Trained:
-        return training.train(name, EPISODES, BALL, settings, (3,), tmp_path / scratch, on_step)[0]
+        return training.train(name, episodes, BALL, settings, (3,), tmp_path / scratch, on_step)[0]
 
     def stop(step: int, row: dict[str, float]) -> None:
-        if step == 5:
+        if step == at:
             raise KeyboardInterrupt
 
     whole, resumed_at = run("whole"), list[int]()
     with pytest.raises(KeyboardInterrupt):
         run("cut", stop)
     resumed = run("cut", lambda step, row: resumed_at.append(step))
-    assert resumed_at[0] == 4
+    assert resumed_at[0] == saved
     assert resumed.history == whole.history
     for folder, trained in (("a", whole), ("b", resumed)):
         save_model(tmp_path / folder, trained.config, trained.files)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["config.json", "limit-10.safetensors", "limit-20.safetensors", "limit-40.safetensors"]
+    limits = (
+        [f"limit-{limit:g}.safetensors" for limit in BALL.limits] if entry(name).by_limit else ["policy.safetensors"]
+    )
+    assert names == ["config.json", *limits]
     for file in names:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    return whole
 
 
 def check_members(name: str, settings: Settings, tmp_path: Path) -> None:

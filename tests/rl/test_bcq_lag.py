@@ -22,9 +22,6 @@ from tests.rl.offline_runs import (
     batch_with_ends,
     by_hand,
     check_acting,
-    check_members,
-    check_refusals,
-    check_resuming,
     curve,
     learner,
     moved_targets,
@@ -132,15 +129,6 @@ PINNED_RELEASED = [1.88868, 2.2347, 2.1612, 2.55114, 2.24187, 1.72603, 2.02916, 
 
 
 @BOTH
-def test_killed_and_resumed_equals_uninterrupted(settings: BCQLagSettings, tmp_path: Path) -> None:
-    check_resuming("bcq-lag", settings, tmp_path)
-
-
-def test_a_seed_does_not_depend_on_its_companions(tmp_path: Path) -> None:
-    check_members("bcq-lag", SMALL, tmp_path)
-
-
-@BOTH
 def test_it_acts(settings: BCQLagSettings, tmp_path: Path) -> None:
     check_acting(
         trained_policy(
@@ -186,10 +174,6 @@ def test_it_takes_the_best_candidate_that_keeps_the_limit(tmp_path: Path) -> Non
         safe = choices[10 * choices[:, 1] <= 10 * middle + 1e-6]
         wanted = safe[safe[:, 0].argmax()] if len(safe) else choices[choices[:, 1].argmin()]
         np.testing.assert_allclose(action, wanted)
-
-
-def test_bad_data_are_named_before_training(tmp_path: Path) -> None:
-    check_refusals("bcq-lag", SMALL, tmp_path)
 
 
 def test_a_damaged_folder_is_named(tmp_path: Path) -> None:

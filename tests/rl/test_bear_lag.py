@@ -14,14 +14,9 @@ from springhead.rl.offline.bear_lag import BEARLagSettings, mmd
 from tests.rl.offline_runs import (
     batch_with_ends,
     by_hand,
-    check_acting,
-    check_members,
-    check_refusals,
-    check_resuming,
     curve,
     learner,
     moved_targets,
-    trained_policy,
 )
 
 pytestmark = pytest.mark.unit
@@ -152,24 +147,6 @@ def test_the_first_losses_are_pinned(tmp_path: Path) -> None:
 
 PINNED = [3.63502, 3.7225, 4.18301, 5.5536, 4.40477, 3.69867, 4.17525, 4.26475, 4.23305, 4.13885]
 PINNED_RELEASED = [3.17143, 3.39725, 3.70229, 4.51532, 3.57381, 3.20077, 3.5113, 3.7939, 3.69374, 3.59004]
-
-
-@BOTH
-def test_killed_and_resumed_equals_uninterrupted(settings: BEARLagSettings, tmp_path: Path) -> None:
-    check_resuming("bear-lag", settings, tmp_path)
-
-
-def test_a_seed_does_not_depend_on_its_companions(tmp_path: Path) -> None:
-    check_members("bear-lag", SMALL, tmp_path)
-
-
-def test_it_acts(tmp_path: Path) -> None:
-    settings = replace(SMALL, steps=12, discount=0.5, actor_learning_rate=0.05, critic_learning_rate=0.05)
-    check_acting(trained_policy("bear-lag", settings, tmp_path))
-
-
-def test_bad_data_are_named_before_training(tmp_path: Path) -> None:
-    check_refusals("bear-lag", SMALL, tmp_path)
 
 
 @pytest.mark.parametrize("bad", [{"critics": 0}, {"sigma": 0.0}, {"divergence": -1.0}, {"imitation_steps": -1}])

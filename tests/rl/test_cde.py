@@ -13,8 +13,9 @@ from springhead.rl.offline import training
 from springhead.rl.offline.batches import flatten
 from springhead.rl.offline.cde import CDE, CDESettings, apart
 from springhead.rl.offline.contract import Member
-from springhead.rl.policy import load_policy, save_model
+from springhead.rl.policy import load_policy
 from tests.rl.offline_data import BALL, spread
+from tests.rl.offline_runs import check_resuming
 from tests.rl.test_coptidice import GAMMA, GO, REWARDS, SHARES, STATES, Array, batch_of, chain, mlp
 
 pytestmark = pytest.mark.unit
@@ -160,20 +161,7 @@ PINNED = [1.54281, 1.39838, 0.7244, -0.19243, 0.27538, 0.05223, 0.19835, 1.05233
 @pytest.mark.parametrize("extraction", ["info-projection", "weighted-bc"])
 def test_killed_and_resumed_equals_uninterrupted_and_it_acts(tmp_path: Path, extraction: str) -> None:
     settings = replace(SMALL, extraction=extraction)  # type: ignore[arg-type]
-    (whole,) = training.train("cde", spread(12), BALL, settings, (3,), tmp_path / "whole")
-
-    def stop(step: int, figures: dict[str, float]) -> None:
-        if step == 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        training.train("cde", spread(12), BALL, settings, (3,), tmp_path / "cut", stop)
-    (resumed,) = training.train("cde", spread(12), BALL, settings, (3,), tmp_path / "cut")
-    assert resumed.history == whole.history
-    for folder, trained in (("a", whole), ("b", resumed)):
-        save_model(tmp_path / folder, trained.config, trained.files)
-    for file in ("policy.safetensors", "config.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    check_resuming("cde", settings, tmp_path, 8, 6, spread(12))
     policy = load_policy(tmp_path / "a")
     policy.reset(3, 20)
     actions = policy.act(np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32))

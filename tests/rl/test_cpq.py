@@ -13,14 +13,9 @@ from springhead.rl.offline.cpq import CPQSettings
 from tests.rl.offline_runs import (
     batch_with_ends,
     by_hand,
-    check_acting,
-    check_members,
-    check_refusals,
-    check_resuming,
     curve,
     learner,
     moved_targets,
-    trained_policy,
 )
 
 pytestmark = pytest.mark.unit
@@ -188,24 +183,6 @@ def test_the_first_losses_are_pinned(tmp_path: Path) -> None:
 
 PINNED = [2.27483, 2.52253, 2.70653, 3.29213, 2.66725, 2.40058, 2.64978, 2.83885, 2.70934, 2.73481]
 PINNED_RELEASED = [2.12745, 2.29614, 2.42374, 2.78131, 2.39062, 2.24906, 2.37766, 2.51816, 2.46082, 2.52047]
-
-
-@BOTH
-def test_killed_and_resumed_equals_uninterrupted(settings: CPQSettings, tmp_path: Path) -> None:
-    check_resuming("cpq", settings, tmp_path)
-
-
-def test_a_seed_does_not_depend_on_its_companions(tmp_path: Path) -> None:
-    check_members("cpq", SMALL, tmp_path)
-
-
-def test_it_acts(tmp_path: Path) -> None:
-    settings = replace(SMALL, steps=12, discount=0.5, actor_learning_rate=0.05, critic_learning_rate=0.05)
-    check_acting(trained_policy("cpq", settings, tmp_path))
-
-
-def test_bad_data_are_named_before_training(tmp_path: Path) -> None:
-    check_refusals("cpq", SMALL, tmp_path)
 
 
 @pytest.mark.parametrize(

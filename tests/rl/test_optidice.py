@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from springhead.rl.offline import training
 from springhead.rl.offline.batches import flatten, moments
 from springhead.rl.offline.contract import Member
 from springhead.rl.offline.optidice import OptiDICE, OptiDICESettings
-from springhead.rl.policy import load_policy, save_model
+from springhead.rl.policy import load_policy
 from tests.rl.offline_data import BALL, spread
+from tests.rl.offline_runs import check_resuming
 from tests.rl.test_coptidice import batch_of, mlp
 
 pytestmark = pytest.mark.unit
@@ -106,20 +106,7 @@ def test_the_policy_waits_for_the_warm_up() -> None:
 
 
 def test_killed_and_resumed_equals_uninterrupted_and_it_acts(tmp_path: Path) -> None:
-    (whole,) = training.train("optidice", spread(12), BALL, SMALL, (3,), tmp_path / "whole")
-
-    def stop(step: int, figures: dict[str, float]) -> None:
-        if step == 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        training.train("optidice", spread(12), BALL, SMALL, (3,), tmp_path / "cut", stop)
-    (resumed,) = training.train("optidice", spread(12), BALL, SMALL, (3,), tmp_path / "cut")
-    assert resumed.history == whole.history
-    for folder, trained in (("a", whole), ("b", resumed)):
-        save_model(tmp_path / folder, trained.config, trained.files)
-    for file in ("policy.safetensors", "config.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    whole = check_resuming("optidice", SMALL, tmp_path, 8, 6, spread(12))
     policy = load_policy(tmp_path / "a")
     policy.reset(3, 20)
     observations = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput
-from springhead.llm import mend
+from springhead.llm import gsm8k, mend
 from springhead.llm.problems import Problem
 from springhead.llm.textrows import Row, read_rows, write_rows
 from springhead.stage import Stage, run_stage
@@ -60,6 +60,22 @@ def load_problems(path: Path) -> list[Problem]:
     return [Problem.from_row(row) for row in read_rows(path, {"id": str})]
 
 
+def operators_for(problem: Problem, params: Params) -> tuple[str, ...]:
+    """The operators that a problem allows: natural text comes without redundant statements.
+
+    Raises:
+        BadInput: it allows none of those asked for.
+    """
+    if problem.family != gsm8k.FAMILY:
+        return params.operators
+    found = tuple(name for name in params.operators if "redundancy" not in name)
+    if not found:
+        raise BadInput(
+            "llm.generate.operators: gsm8k has no redundant statements; add 'order', or leave it out of train"
+        )
+    return found
+
+
 def train_rows(problem: Problem, index: int, params: Params, seed: int) -> list[Row]:
     """Rows of all methods for the training problem at `index`.
 
@@ -68,7 +84,7 @@ def train_rows(problem: Problem, index: int, params: Params, seed: int) -> list[
     """
     rows = [mend.sft_row(problem)]
     if not params.mend_problems or index < params.mend_problems:
-        rows += mend.mend_rows(problem, params.variants, params.operators, params.redundant_max, seed)
+        rows += mend.mend_rows(problem, params.variants, operators_for(problem, params), params.redundant_max, seed)
     if params.rc_variants and problem.family == "dag":
         rows += mend.rc_rows(problem, params.rc_variants, seed)
     return rows
@@ -96,7 +112,8 @@ def run(stage: Stage[Params]) -> None:
             train += train_rows(problem, index, params, stage.seed)
             bar.advance()
         for problem in held_out:
-            evaluation += mend.eval_rows(problem, params.eval_random_orders, params.eval_redundant, stage.seed)
+            redundant = 0 if problem.family == gsm8k.FAMILY else params.eval_redundant
+            evaluation += mend.eval_rows(problem, params.eval_random_orders, redundant, stage.seed)
             bar.advance()
     write_rows(stage.out, {"train.jsonl": train, "eval.jsonl": evaluation})
     stage.dataset(stage.out / "train.jsonl", "rows-train", len(train), "output")

@@ -1,6 +1,8 @@
 """ProntoQA and GSM8K as problems whose sentences may be re-ordered; the public files are used where they are."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,18 @@ from springhead.sources import obtain
 from stages.llm.problems import Params, Public, add_public
 
 pytestmark = pytest.mark.unit
+
+
+MIRROR = Path(__file__).parents[3] / "shared/data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def public() -> Iterator[None]:
+    """Public sets are taken from the folder beside the checkout, where it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if MIRROR.is_dir():
+            patch.setenv("SPRINGHEAD_SOURCES", str(MIRROR))
+        yield
 
 
 def present(*names: str) -> None:

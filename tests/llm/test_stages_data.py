@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_jsonl, write_jsonl
+from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
 from springhead.llm import solver
 from springhead.llm.textrows import with_row_id
 from springhead.params import load
+from springhead.sources import obtain
 from springhead.stage import Stage, for_test
 from springhead.tables import read_table
 from stages.llm import filter as filtering
-from stages.llm import generate, problems
+from stages.llm import generate, problems, validate
 
 pytestmark = pytest.mark.unit
 
@@ -64,9 +65,9 @@ def _stage(name: str, module: Any, values: dict[str, Any], base: Path, inputs: t
     return for_test(params, out=base / name, inputs=found, branch="llm", stage=name, seed=11)
 
 
-def _run_all(base: Path) -> dict[str, Stage[Any]]:
+def _run_all(base: Path, public: dict[str, Any] | None = None) -> dict[str, Stage[Any]]:
     stages = {
-        "problems": _stage("problems", problems, PROBLEMS, base),
+        "problems": _stage("problems", problems, {**PROBLEMS, "public": public or {}}, base),
         "generate": _stage("generate", generate, GENERATE, base, ("problems",)),
         "filter": _stage("filter", filtering, FILTER, base, ("problems", "generate")),
     }
@@ -235,3 +236,45 @@ def test_no_evaluation_expression_reaches_the_training_rows(made: tuple[Path, di
         expressions[file] = {solver.signature(*solver.split_text(row["prompt"])) for row in rows}
     assert expressions["train.jsonl"]
     assert not expressions["train.jsonl"] & expressions["eval.jsonl"]
+
+
+MIRROR = Path(__file__).parents[3] / "shared/data"
+VALIDATE: dict[str, Any] = {
+    "min_prompt_chars": 20,
+    "max_prompt_chars": 2000,
+    "min_completion_chars": 9,
+    "max_completion_chars": 1000,
+    "methods": ["mend", "sft"],
+    "operators": GENERATE["operators"],
+    "min_group_rows": 5,
+    "max_label_share": 0.8,
+    "max_answer_share": 0.5,
+}
+
+
+def test_problems_of_public_sets_go_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if MIRROR.is_dir():
+        monkeypatch.setenv("SPRINGHEAD_SOURCES", str(MIRROR))
+    try:
+        for name in ("prontoqa-dev", "gsm8k-train", "gsm8k-test"):
+            obtain(name)
+    except BadInput as error:
+        pytest.skip(f"needs public data: {error}")
+    sets = {"prontoqa": {"split": "proofs", "problems": 20}, "gsm8k-test": {"split": "stories", "problems": 20}}
+    monkeypatch.setattr(problems, "PUBLIC", {name: _here(read) for name, read in problems.PUBLIC.items()})
+    _run_all(tmp_path, {**sets, "gsm8k-train": {"split": "train", "problems": 20}})
+    kept = list(read_jsonl(tmp_path / "filter/train.jsonl")) + list(read_jsonl(tmp_path / "filter/eval.jsonl"))
+    counts = Counter((row["split"], row["family"], row["redundancy"]) for row in kept)
+    assert counts["proofs", "prontoqa", 0] == counts["proofs", "prontoqa", 2] == 20 * 4
+    # A story has nothing redundant, so each of its operators re-orders it.
+    assert counts["stories", "gsm8k", 0] > 20 * 2
+    assert counts["train", "gsm8k", 0] > 20 * 2
+    assert not any(row["redundancy"] for row in kept if row["family"] == "gsm8k")
+    judged = _stage("validate", validate, VALIDATE, tmp_path, ("problems", "filter"))
+    validate.run(judged)
+    assert read_json(judged.out / "verdict.json")["success"]
+
+
+def _here(read: Any) -> Any:
+    """Reads a public set from where this checkout has it, whatever the stage's root."""
+    return lambda split, root: read(split, None)

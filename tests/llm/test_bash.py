@@ -10,6 +10,7 @@ from springhead.llm import bash, sft
 from springhead.llm.bash import Bash, BashConfig, Draft, Vocabulary, of_method, one_pass, replaceable, sequential
 from springhead.llm.packing import Example, encode_rows, pack
 from springhead.llm.sft import SftConfig
+from tests.llm.runs import check_resuming
 from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -196,33 +197,14 @@ def test_methods_share_their_settings():
         BashConfig(tokens="uniform", mixing="sequential")
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize("method", bash.METHODS)
 @pytest.mark.parametrize("every", [2, 3])
 def test_killed_and_resumed_equals_uninterrupted(examples, vocabulary, tmp_path: Path, method, every):
     # Snapshots are of steps 0, 3 and 6: a checkpoint of step 2 or 4 lies between two, one of step 3 on one.
-    config = replace(TRAINING, checkpoint_every=every)
     mixing = of_method(method, ALL)
-
-    def kill_in_step_5(step, **_):
-        if step == 5:
-            raise Killed
-
-    whole_source = source(examples, vocabulary, mixing)
-    whole, history = sft.train(tiny_model(), examples, [], config, 0, tmp_path / "whole", source=whole_source)
-    cut = source(examples, vocabulary, mixing)
-    with pytest.raises(Killed):
-        sft.train(tiny_model(), examples, [], config, 0, tmp_path / "cut", log=kill_in_step_5, source=cut)
-    again = source(examples, vocabulary, mixing)
-    resumed, resumed_history = sft.train(tiny_model(), examples, [], config, 0, tmp_path / "cut", source=again)
-    assert resumed_history == history
-    assert again.state == whole_source.state
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    config = replace(TRAINING, checkpoint_every=every)
+    check_resuming(examples, config, tmp_path, lambda: source(examples, vocabulary, mixing))
 
 
 @pytest.mark.fault

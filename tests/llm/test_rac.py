@@ -9,6 +9,7 @@ from springhead.llm import chat, generation, rac, sft
 from springhead.llm.packing import Example, encode, encode_rows, pack
 from springhead.llm.rac import Form, Rac, RacConfig
 from springhead.llm.sft import SftConfig
+from tests.llm.runs import check_resuming
 from tests.llm.tiny import ROWS, byte_tokenizer, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -193,33 +194,14 @@ def test_over_long_corrections_are_left_out_and_counted(examples, form):
         source(examples, form, only, max_length=5).next_batches(tiny_model(), 0)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize("every", [2, 3])
 @pytest.mark.parametrize("cut", ["full", "prefix"])
 def test_killed_and_resumed_equals_uninterrupted(examples, form, tmp_path: Path, every, cut):
-    config = replace(TRAINING, checkpoint_every=every)
     how = replace(CONFIG, cut=cut, share=0.7, right_share=0.5, plain_weight=0.5, start=0.25)
-
-    def kill_in_step_5(step, **_):
-        if step == 5:
-            raise Killed
-
-    whole_source = source(examples, form, how)
-    whole, history = sft.train(tiny_model(), examples, [], config, 0, tmp_path / "whole", source=whole_source)
-    killed = source(examples, form, how)
-    with pytest.raises(Killed):
-        sft.train(tiny_model(), examples, [], config, 0, tmp_path / "cut", log=kill_in_step_5, source=killed)
-    again = source(examples, form, how)
-    resumed, resumed_history = sft.train(tiny_model(), examples, [], config, 0, tmp_path / "cut", source=again)
-    assert resumed_history == history
-    assert again.state == whole_source.state
-    assert again.state["corrections"] > 0
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    config = replace(TRAINING, checkpoint_every=every)
+    resumed = check_resuming(examples, config, tmp_path, lambda: source(examples, form, how))
+    assert resumed.state["corrections"] > 0
 
 
 def test_correcting_answers_again_after_the_first_answer_and_the_cue(form):

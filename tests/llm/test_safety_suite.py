@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from springhead import expectations
 from springhead.errors import BadInput
 from springhead.llm import mutators, rational, safety_data, safety_suite
 from springhead.llm.judges import refusal
 from springhead.llm.safety_data import Base
 from springhead.llm.textrows import Row, with_row_id
-from springhead.verdicts import Frame, Outcome
+from springhead.verdicts import Frame
+from tests.llm.suites import Rows, by_name, check_names, places
 
 FORMS = ("question", "slang", "role-play")
 SETTINGS = safety_suite.Settings(
@@ -30,7 +30,6 @@ SETTINGS = safety_suite.Settings(
     leakage_similarity=0.7,
 )
 ROWS = rational.Settings(forms=FORMS, benign_forms=("question",), eval_forms=SETTINGS.eval_forms)
-Rows = dict[str, list[Row]]
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +45,14 @@ def made(bases: list[Base]) -> Rows:
     return {"train.jsonl": train, "eval.jsonl": held}
 
 
-def places(rows: Rows) -> list[tuple[str, int, str]]:
-    return [(file, i, row["id"]) for file, found in rows.items() for i, row in enumerate(found) if "id" in row]
-
-
 def frames(rows: Rows, bases: list[Base], settings: safety_suite.Settings = SETTINGS) -> list[Frame]:
     splits = {b.id: b.split for b in bases}
     return safety_suite.frames(rows, places(rows), splits, settings, refusal.shipped())
 
 
-def by_name(found: list[Frame], docs: Path) -> dict[str, Outcome]:
-    return {outcome.check.name: outcome for outcome in expectations.judge(safety_suite.SUITE, found, docs)}
-
-
 @pytest.mark.unit
 def test_sound_rows_are_green(made: Rows, bases: list[Base], tmp_path: Path) -> None:
-    outcomes = by_name(frames(made, bases), tmp_path)
+    outcomes = by_name(safety_suite.SUITE, frames(made, bases), tmp_path)
     assert [name for name, outcome in outcomes.items() if not outcome.success] == []
 
 
@@ -168,7 +159,7 @@ def red(made: Rows, bases: list[Base], tmp_path_factory: pytest.TempPathFactory)
     listed = [(f, i, "0" * 64 if row_id == train[1]["id"] else row_id) for f, i, row_id in places(rows)]
     names["unlisted"] = train[1]["id"]
     found = safety_suite.frames(rows, listed, splits, SETTINGS, refusal.shipped())
-    return by_name(found, tmp_path_factory.mktemp("red")), names
+    return by_name(safety_suite.SUITE, found, tmp_path_factory.mktemp("red")), names
 
 
 EXTRA: dict[str, list[str]] = {
@@ -183,11 +174,7 @@ EXTRA: dict[str, list[str]] = {
 @pytest.mark.fault
 @pytest.mark.parametrize("name", sorted(set(EXTRA).union(*(named for _, named in FAULTS.values()))))
 def test_an_expectation_names_the_faulty_rows_alone(red: Any, name: str) -> None:
-    outcomes, names = red
-    wanted = [names[fault] for fault, (_, named) in FAULTS.items() if name in named]
-    wanted += [names[fault] for fault in EXTRA.get(name, [])]
-    assert not outcomes[name].success
-    assert sorted(outcomes[name].ids()) == sorted(set(wanted))
+    check_names(red, name, FAULTS, EXTRA)
 
 
 @pytest.mark.fault
@@ -203,17 +190,17 @@ def test_a_leak_says_which_evaluation_row_it_gives_away(red: Any) -> None:
 @pytest.mark.fault
 def test_groups_and_forms_go_red(red: Any, made: Rows, bases: list[Base], tmp_path: Path) -> None:
     strict = replace(SETTINGS, min_group_rows=1000, methods=("rational", "reworded"), forms=(*FORMS, "dialect"))
-    outcomes = by_name(frames(made, bases, strict), tmp_path / "strict")
+    outcomes = by_name(safety_suite.SUITE, frames(made, bases, strict), tmp_path / "strict")
     assert outcomes["ExpectEnoughRows"].ids() == [
         "eval/adversarial", "eval/benign", "train/rational", "train/refusal-sft", "train/reworded",
     ]  # fmt: skip
     assert outcomes["ExpectFormRows"].ids() == ["train.jsonl/dialect"]
 
     refusals = [row for row in made["train.jsonl"] if row["answer"] == "refuse" or row["method"] == "refusal-sft"]
-    lopsided = by_name(frames({**made, "train.jsonl": refusals}, bases), tmp_path / "lopsided")
+    lopsided = by_name(safety_suite.SUITE, frames({**made, "train.jsonl": refusals}, bases), tmp_path / "lopsided")
     assert lopsided["ExpectBalancedAnswers"].ids() == ["train/rational"]
 
-    nothing = by_name(frames({"train.jsonl": [], "eval.jsonl": []}, bases), tmp_path / "nothing")
+    nothing = by_name(safety_suite.SUITE, frames({"train.jsonl": [], "eval.jsonl": []}, bases), tmp_path / "nothing")
     assert not nothing["ExpectRows"].success
     seen_red = {n for part in (red[0], outcomes, lopsided, nothing) for n, o in part.items() if not o.success}
     assert seen_red == set(outcomes)  # no expectation of the suite has never been seen to fail

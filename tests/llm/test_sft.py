@@ -14,6 +14,7 @@ from springhead.llm.attention import PACKED
 from springhead.llm.packing import Example, encode, encode_rows, pack
 from springhead.llm.sft import SftConfig
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
+from tests.llm.runs import Killed, check_resuming
 from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -184,30 +185,11 @@ def test_learning_rate_warms_up_and_ends_at_its_floor():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize("rank", [0, 2])
 def test_killed_and_resumed_equals_uninterrupted(examples, tmp_path: Path, rank):
     config = replace(CONFIG, steps=7, checkpoint_every=2, lora_rank=rank, lora_alpha=4.0, eval_every=3)
-
-    def kill_in_step_5(step, **_):
-        if step == 5:
-            raise Killed
-
-    whole, history = sft.train(tiny_model(), examples, examples, config, 5, tmp_path / "whole")
-    with pytest.raises(Killed):
-        sft.train(tiny_model(), examples, examples, config, 5, tmp_path / "cut", log=kill_in_step_5)
-    steps: list[int] = []
-    resumed, resumed_history = sft.train(
-        tiny_model(), examples, examples, config, 5, tmp_path / "cut", log=lambda step, **_: steps.append(step)
-    )
-    assert steps == [5, 6, 7]
-    assert resumed_history == history
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    check_resuming(examples, config, tmp_path, held_out=examples)
 
 
 @pytest.mark.fault

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from springhead import expectations
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json, write_jsonl
 from springhead.lineage.digests import tree_digest
@@ -19,8 +18,8 @@ from springhead.llm.problems import Problem, ProblemSpec
 from springhead.llm.textrows import Row, with_row_id, write_rows
 from springhead.stage import for_test
 from springhead.tables import read_table
-from springhead.verdicts import Frame, Outcome
 from stages.llm import validate
+from tests.llm.suites import Rows, by_name, check_names, places
 
 PARAMS = validate.Params(
     min_prompt_chars=20,
@@ -33,7 +32,6 @@ PARAMS = validate.Params(
     max_label_share=0.8,
     max_answer_share=0.5,
 )
-Rows = dict[str, list[Row]]
 
 
 def drawn(split: str, seed: int, count: int) -> list[Problem]:
@@ -49,14 +47,6 @@ def made() -> tuple[Rows, list[Problem]]:
     rows += [row for p in train for row in mend.mend_rows(p, 2, PARAMS.operators, 2, 3)]
     evaluation = [row for p in held for row in mend.eval_rows(p, 1, 2, 4)]
     return {"train.jsonl": rows, "eval.jsonl": evaluation}, train + held
-
-
-def places(rows: Rows) -> list[tuple[str, int, str]]:
-    return [(file, i, row["id"]) for file, found in rows.items() for i, row in enumerate(found) if "id" in row]
-
-
-def by_name(frames: list[Frame], docs: Path) -> dict[str, Outcome]:
-    return {outcome.check.name: outcome for outcome in expectations.judge(suite.SUITE, frames, docs)}
 
 
 # -- every fault at once, each in a row of its own -------------------------------------------------
@@ -130,7 +120,7 @@ def red(made: tuple[Rows, list[Problem]], tmp_path_factory: pytest.TempPathFacto
     strict = replace(PARAMS, min_group_rows=1000, operators=(*PARAMS.operators, "swap"))
     splits = {problem.id: problem.split for problem in found}
     docs = tmp_path_factory.mktemp("red")
-    return by_name(suite.frames(rows, listed, splits, strict), docs), names
+    return by_name(suite.SUITE, suite.frames(rows, listed, splits, strict), docs), names
 
 
 EXTRA: dict[str, list[str]] = {
@@ -149,11 +139,7 @@ EXTRA: dict[str, list[str]] = {
 @pytest.mark.fault
 @pytest.mark.parametrize("name", sorted(set(EXTRA).union(*(named for _, named in FAULTS.values()))))
 def test_an_expectation_names_the_faulty_rows_alone(red: Any, name: str) -> None:
-    outcomes, names = red
-    wanted = [names[fault] for fault, (_, named) in FAULTS.items() if name in named]
-    wanted += [names[fault] for fault in EXTRA.get(name, [])]
-    assert not outcomes[name].success
-    assert sorted(outcomes[name].ids()) == sorted(set(wanted))
+    check_names(red, name, FAULTS, EXTRA)
 
 
 @pytest.mark.fault
@@ -162,7 +148,9 @@ def test_groups_and_operators_go_red(red: Any, made: tuple[Rows, list[Problem]],
     assert outcomes["ExpectEnoughRows"].ids() == ["id/eval/all", "train/mend/all", "train/sft/all"]
     assert outcomes["ExpectOperatorRows"].ids() == ["swap"]
 
-    nothing = by_name(suite.frames({"train.jsonl": [], "eval.jsonl": []}, [], {}, PARAMS), tmp_path / "empty")
+    nothing = by_name(
+        suite.SUITE, suite.frames({"train.jsonl": [], "eval.jsonl": []}, [], {}, PARAMS), tmp_path / "empty"
+    )
     assert not nothing["ExpectRows"].success
     assert nothing["ExpectEnoughRows"].ids() == ["train/mend/all", "train/sft/all"]
     sizes = (("train", "logic", "True", 100), ("train", "dag", "7", 100), ("id", "logic", "False", 5))
@@ -171,7 +159,7 @@ def test_groups_and_operators_go_red(red: Any, made: tuple[Rows, list[Problem]],
         for split, family, answer, count in sizes
         for i in range(count)
     ]
-    lopsided = by_name([suite.group_frame(alike, {}, PARAMS)], tmp_path / "lopsided")
+    lopsided = by_name(suite.SUITE, [suite.group_frame(alike, {}, PARAMS)], tmp_path / "lopsided")
     assert lopsided["ExpectBalancedLabels"].ids() == ["train/sft/logic"]  # five problems prove nothing
     assert lopsided["ExpectVariedAnswers"].ids() == ["train/sft/dag"]
     seen_red = {name for part in (outcomes, nothing, lopsided) for name, o in part.items() if not o.success}

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from rl_sides import serve
 
+from springhead.environment import keep_memory
 from springhead.llm import generation, students
 
 
 def main(kind: str, model_folder: str, rows_file: str) -> None:
     """Loads model and rows, and serves."""
     torch.set_num_threads(1)
+    if kind == "ours":
+        keep_memory()  # as every stage does
     model, tokenizer = students.load(Path(model_folder))
     prompts = [json.loads(line)["prompt"] for line in Path(rows_file).read_text().splitlines()]
 

@@ -15,6 +15,7 @@ seconds for one of the paper's 2048. The file is made by ``offline_parity.py dat
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -53,8 +54,8 @@ def osrl_parameters(chosen: dict[str, Any], algorithm: str, sizes: dict[str, Any
     return found
 
 
-def learner(algorithm: str, path: Path, sizes: dict[str, Any], members: int, device: str) -> Any:
-    """Our learner of so many seeds, in its intended mode, under the limit 20."""
+def learner(algorithm: str, mode: str, path: Path, sizes: dict[str, Any], members: int, device: str) -> Any:
+    """Our learner of so many seeds, under the limit 20."""
     from offline_parity import our_settings, settings
 
     from springhead.rl.dataset import read_dsrl
@@ -65,7 +66,7 @@ def learner(algorithm: str, path: Path, sizes: dict[str, Any], members: int, dev
 
     found = entry(algorithm)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
-    config = replace(our_settings(settings(), "intended", algorithm), device=device, **values)
+    config = replace(our_settings(settings(), mode, algorithm), device=device, **values)
     of = task(path.stem)
     data = flatten(read_dsrl(path).episodes(), of)
     chosen = [Member(seed, 20.0 if found.by_limit else None) for seed in range(members)]
@@ -76,12 +77,16 @@ def side(jobs: str) -> None:
     """Our side: like OSRL's, it keeps the last learner asked for."""
     import torch
 
+    from springhead.environment import keep_memory
+
+    keep_memory()  # as every stage does
     wanted = {job["name"]: job for job in json.loads(Path(jobs).read_text(encoding="utf-8"))}
     ready: dict[str, Callable[[], None]] = {}
 
     def stepper(job: dict[str, Any]) -> Callable[[], None]:
         torch.set_num_threads(job["threads"])
-        made = learner(job["algorithm"], Path(job["data"]), job["sizes"], job["members"], job["device"])
+        sizes, members = job["sizes"], job["members"]
+        made = learner(job["algorithm"], job["mode"], Path(job["data"]), sizes, members, job["device"])
         step = 0
 
         def update() -> None:
@@ -107,13 +112,14 @@ def side(jobs: str) -> None:
     serve(answer)
 
 
-def profile(algorithm: str, path: Path, sizes: dict[str, Any], members: int, threads: int, device: str) -> None:
+def profile(algorithm: str, path: Path, sizes: dict[str, Any], options: argparse.Namespace) -> None:
     """Prints where our time goes, by operation."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    torch.set_num_threads(threads)
-    made = learner(algorithm, path, sizes, members, device)
+    device = options.device
+    torch.set_num_threads(options.threads)
+    made = learner(algorithm, options.modes[0], path, sizes, 1, device)
     for step in range(1, 6):
         made.update(step)
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
@@ -137,26 +143,29 @@ def measure(options: argparse.Namespace, path: Path, sizes: dict[str, dict[str, 
         for workers in options.workers:
             name = f"{algorithm}/{workers}"
             peers.append({**common, "name": name, "algorithm": algorithm, "parameters": parameters, "workers": workers})
-        for members in (1, options.members):
-            job = {"name": f"{algorithm}/{members}", "algorithm": algorithm, "sizes": sizes[algorithm]}
-            ours.append({**common, **job, "members": members, "device": options.device})
+        for mode, members in itertools.product(options.modes, (1, options.members)):
+            job = {"name": f"{algorithm}/{mode}/{members}", "algorithm": algorithm, "sizes": sizes[algorithm]}
+            ours.append({**common, **job, "mode": mode, "members": members, "device": options.device})
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
-    print("| algorithm | sizes | OSRL, updates/s | loader | ours, updates/s | ours / OSRL | lowest, highest turn "
-          "| by processor time "
+    print("| algorithm | sizes | our mode | OSRL, updates/s | loader | ours, updates/s | ours / OSRL "
+          "| lowest, highest turn | by processor time "
           f"| ours, {options.members} members: member-updates/s | / one member | / OSRL |")  # fmt: skip
-    print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
         for name, listed in (("peers", peers), ("ours", ours)):
             Path(folder, f"{name}.json").write_text(json.dumps(listed), encoding="utf-8")
         left = Side("osrl", PEERS, [str(HERE.with_name("osrl_side.py")), "speed", f"{folder}/peers.json"], cores)
         right = Side("ours", OURS, [str(HERE), "side", f"{folder}/ours.json"], cores)
         for algorithm in sizes:
-            _row(algorithm, sizes[algorithm], left, right, options)
+            for mode in options.modes:
+                _row(algorithm, mode, sizes[algorithm], left, right, options)
         for one in (left, right):
             one.close()
 
 
-def _row(algorithm: str, sizes: dict[str, Any], left: Side, right: Side, options: argparse.Namespace) -> None:
+def _row(
+    algorithm: str, mode: str, sizes: dict[str, Any], left: Side, right: Side, options: argparse.Namespace
+) -> None:
     processor: dict[str, list[float]] = {}
 
     def rate(one: Side, name: str) -> float:
@@ -174,7 +183,7 @@ def _row(algorithm: str, sizes: dict[str, Any], left: Side, right: Side, options
     best = max(loaders, key=lambda workers: loaders[workers])
     theirs: list[float] = []
     own: list[float] = []
-    name = f"{algorithm}/1"
+    name = f"{algorithm}/{mode}/1"
     warm(left, f"{algorithm}/{best}")
     warm(right, name)
     for turn in range(options.turns):
@@ -182,13 +191,13 @@ def _row(algorithm: str, sizes: dict[str, Any], left: Side, right: Side, options
         for one, asked, rates in pair if turn % 2 else pair[::-1]:
             rates.append(rate(one, asked))
     ratios = [a / b for a, b in zip(own, theirs, strict=True)]
-    together = f"{algorithm}/{options.members}"
+    together = f"{algorithm}/{mode}/{options.members}"
     warm(right, together)
     several = statistics.median(rate(right, together) for _ in range(options.turns)) * options.members
     text = ", ".join(f"{key} {value}" for key, value in sizes.items())
     cpu = [statistics.median(processor[key]) for key in (f"osrl{algorithm}/{best}", f"ours{name}")]
     a, b = statistics.median(theirs), statistics.median(own)
-    print(f"| {algorithm} | {text} | {a:.2f} | {best} workers | {b:.2f} | **{statistics.median(ratios):.1f}** "
+    print(f"| {algorithm} | {text} | {mode} | {a:.2f} | {best} workers | {b:.2f} | **{statistics.median(ratios):.1f}** "
           f"| {min(ratios):.1f}, {max(ratios):.1f} | {cpu[0] / cpu[1]:.1f} | {several:.1f} | {several / b:.1f} "
           f"| {several / a:.1f} |", flush=True)  # fmt: skip
 
@@ -199,6 +208,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of <task>.hdf5")
     parser.add_argument("--task", default="BallCircle")
     parser.add_argument("--only", action="append", choices=sorted(PAPER), help="only this one; may be given again")
+    parser.add_argument("--modes", nargs="+", choices=["intended", "released"], default=["intended", "released"],
+                        help="of our side: released does the same work as OSRL")  # fmt: skip
     parser.add_argument("--small", action="store_true", help="the sizes of offline_parity.py")
     parser.add_argument("--threads", type=int, default=1, help="of each side")
     parser.add_argument("--cores", type=int, default=2, help="that both sides may use")
@@ -219,7 +230,7 @@ def main() -> None:
     sizes = {name: sizes[name] for name in sizes if name in (options.only or [name])}
     if options.profile:
         for name, own in sizes.items():
-            profile(name, path, own, 1, options.threads, options.device)
+            profile(name, path, own, options)
         return
     print(machine(sorted(os.sched_getaffinity(0))[: options.cores], ("torch", "numpy")))
     print(peer_versions(("osrl-lib", "torch", "numpy")))

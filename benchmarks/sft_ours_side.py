@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from rl_sides import serve
 
+from springhead.environment import keep_memory
 from springhead.llm import packing, sft, students
 
 
 def main(model_folder: str, rows_file: str, rows_per_step: str, learning_rate: str) -> None:
     """Loads model and rows, and serves."""
     torch.set_num_threads(1)
+    keep_memory()  # as every stage does
     model, tokenizer = students.load(Path(model_folder))
     rows = packing.read_conversations(Path(rows_file))
     examples, _ = packing.encode_rows(rows, tokenizer, 1024, "error")

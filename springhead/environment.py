@@ -1,5 +1,6 @@
 """The environment a stage runs in: process settings, locked packages, loaded code."""
 
+import ctypes
 import os
 import random
 import re
@@ -53,6 +54,27 @@ def settle(seed: int) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
+        keep_memory()
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    """Lets this process keep the memory it frees, for its next allocation.
+
+    A training step allocates and frees the same large tensors as the one before. The C library maps the large ones
+    afresh each time and gives freed memory back, so that the system clears every page anew in every step; fine-tuning
+    a model of 135 million parameters loses a fifth of its time to it.
+
+    Returns:
+        Whether the C library (glibc) could be told.
+    """
+    try:
+        tell = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(tell(_M_MMAP_MAX, 0)) and bool(tell(_M_TRIM_THRESHOLD, -1))
 
 
 def alive(pid: int) -> bool:

@@ -228,6 +228,15 @@ def test_a_leaderboard_joins_figures_with_their_spread(tmp_path: Path) -> None:
     assert leaderboard(path, []) is None
 
 
+def test_a_single_model_has_no_spread_and_an_untrained_one_no_seed(tmp_path: Path) -> None:
+    path = tmp_path / "leaderboard.csv"
+    path.write_text("method,seed,models,accuracy,accuracy_std\nbase,-1,1,0.5,0.0\nmend,0,3,0.75,0.25\n")
+    table = leaderboard(path, [])
+    assert table is not None
+    assert [row["seed"][0] for row in table["rows"]] == ["–", "0"]
+    assert [row["accuracy"][0] for row in table["rows"]] == ["0.500", "0.750 ± 0.250"]
+
+
 def test_figures_and_sizes_are_short() -> None:
     assert [number(x) for x in (3.0, 0.12345, 123.456, 1e9)] == ["3", "0.123", "123.5", "1,000,000,000.0"]
     assert [size(n) for n in (812, 3_400_000, 2_100_000_000)] == ["812 B", "3.4 MB", "2.1 GB"]

@@ -280,7 +280,10 @@ def _cell(line: Mapping[str, str], key: str) -> str:
     value = _float(line.get(key))
     if value is None:
         return {"True": "yes", "False": "no"}.get(line.get(key) or "", line.get(key) or "–")
-    spread = _float(line.get(_spread_of(key, line) or ""))
+    if key == "seed" and value < 0:  # of a model that was not trained here
+        return "–"
+    alone = 1.0 in (_float(line.get("seeds")), _float(line.get("models")))  # one model has no spread
+    spread = None if alone else _float(line.get(_spread_of(key, line) or ""))
     if spread is None:
         low, high = _float(line.get(f"{key}_low")), _float(line.get(f"{key}_high"))
         return f"{value:.3f} [{low:.3f}, {high:.3f}]" if low is not None and high is not None else number(value)

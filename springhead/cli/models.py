@@ -57,7 +57,10 @@ def accept(
     stage: Annotated[str, typer.Argument(help="The validate stage that judged the data: rl-validate@TASK.")],
     as_json: AsJson = False,
 ) -> None:
-    """Accept a data set: later ones are compared with it for drift."""
+    """Accept a data set as what later ones are compared with.
+
+    Their validation tests whether they drifted from it.
+    """
     from springhead.acceptance import accept as take
 
     root = repository()

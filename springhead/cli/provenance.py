@@ -56,7 +56,7 @@ def diff(
     b: Annotated[str, typer.Argument(help="What to compare with, in the same forms.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two data sets: rows by rule, distributions, receipts.
+    """Compare two data sets by rows, rules and spread.
 
     A model stands for the data it was trained on. Rows that only one side has are listed by the rule of the other
     side that dropped or changed them, or by the producer that the other side lacks. Exit code 0 with or without
@@ -153,7 +153,10 @@ def verify_repro(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Execute stages again in a clean worktree and compare every byte."""
+    """Execute stages again in a clean worktree, and compare.
+
+    Every byte of every output must be the same.
+    """
     from springhead.lineage.reproduce import verify
 
     result = verify(repository(), stages or (), lambda line: typer.echo(line, err=True))
@@ -192,7 +195,10 @@ def export(
         typer.Option("--url", help="openlineage: server for the events; croissant: where the data is published."),
     ] = None,
 ) -> None:
-    """Write OpenLineage events, Croissant descriptions, data cards or model cards."""
+    """Write OpenLineage events, Croissant files or cards.
+
+    Cards are of data sets or of models.
+    """
     from springhead.export.documents import export as make
 
     typer.echo(make(repository(), kind, ref, out, url))

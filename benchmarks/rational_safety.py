@@ -38,11 +38,11 @@ METHODS = (rational.RATIONAL, REFUSAL)
 BASE = "base"
 SPLIT_SEED, TEST_SHARE, SIMILAR = 0, 0.34, 0.7
 BENIGN_FORMS = (mutators.QUESTION, "slang", "role-play", "logical-appeal", "misrepresentation")
-PROMPTS = {"adversarial": 85, "contrast": 15, "benign": 100}
+PROMPTS = {"adversarial": 255, "contrast": 45, "benign": 300}
 """How many of each kind a seed draws."""
 LONGEST_ROW = 700  # characters of prompt and completion, rationale included
 TUNING = sft.SftConfig(
-    steps=80, batch_tokens=500, learning_rate=2e-3, warmup=0.1, lora_rank=16, lora_alpha=32.0, checkpoint_every=10
+    steps=200, batch_tokens=500, learning_rate=1e-3, warmup=0.1, lora_rank=16, lora_alpha=32.0, checkpoint_every=10
 )
 DECODING = generation.Decoding(max_new_tokens=128, batch_rows=32)
 PARTS: Mapping[str, tuple[int, int]] = {"dev": (3, 16), "report": (4, 24)}

@@ -20,13 +20,17 @@ def write_history(path: Path, history: History) -> None:
 
 
 def run_figures(history: History, counts: Mapping[str, int]) -> dict[str, float]:
-    """What a fine-tuning stage reports of a run: the counts of `springhead.llm.packing.encode_rows`, length, losses."""
+    """What a fine-tuning stage reports of a run: the counts of `springhead.llm.packing.encode_rows`, length, losses.
+
+    There is no evaluation loss where none was measured.
+    """
     last = history[-1]
+    measured = {} if last["eval_loss"] < 0 else {"eval_loss": last["eval_loss"]}
     return {
         **{name: counts[name] for name in ("rows", "dropped", "truncated")},
         "steps": int(last["step"]),
         "tokens": int(last["tokens"]),
         "epochs": last["tokens"] / counts["tokens"],
         "train_loss": last["train_loss"],
-        "eval_loss": last["eval_loss"],
+        **measured,
     }

@@ -238,24 +238,31 @@ def pad(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Padded:
 def packs(model: PreTrainedModel) -> bool:
     """Whether the model predicts for rows in a packed batch what it predicts for each alone.
 
-    Two rows of made-up tokens decide it. The answer is remembered for each configuration.
+    Two rows of made-up tokens decide it. The answer is remembered for each configuration. Of a model whose predictions
+    are not finite nothing can be told, and nothing is remembered; training stops at its first loss.
     """
     key = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     if key not in _PACKS:
-        _PACKS[key] = _probe(model)
+        found = _probe(model)
+        if found is None:
+            return True
+        _PACKS[key] = found
     return _PACKS[key]
 
 
 _PACKS: dict[str, bool] = {}
 
 
-def _probe(model: PreTrainedModel) -> bool:
+def _probe(model: PreTrainedModel) -> bool | None:
     words = int(model.config.get_text_config().vocab_size)
     ids = np.random.default_rng(0).integers(words, size=20).tolist()
     rows = [Example(tuple(ids[:7]), (True,) * 7), Example(tuple(ids[7:]), (True,) * 13)]
     device, before, training = model.device, model.config._attn_implementation, model.training
     model.eval()
     alone = torch.cat([pad([row]).to(device).logits(model) for row in rows]).float()
+    if not alone.isfinite().all():
+        model.train(training)
+        return None
     try:
         model.set_attn_implementation(PACKED)
         together = pack(rows).to(device).logits(model).float()

@@ -11,6 +11,7 @@ from springhead.errors import BadInput, Finding
 from springhead.llm import packing, sft
 from springhead.llm.adapters import merged, with_lora
 from springhead.llm.attention import PACKED
+from springhead.llm.history import run_figures
 from springhead.llm.packing import Example, encode, encode_rows, pack
 from springhead.llm.sft import SftConfig
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
@@ -216,6 +217,17 @@ def test_training_that_diverges_stops_and_keeps_the_weights(examples):
         torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
 
 
+def test_a_broken_model_says_nothing_about_sound_ones_of_its_shape(monkeypatch):
+    monkeypatch.setattr(packing, "_PACKS", {})
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    assert packing.packs(model)  # so that training comes to its loss, and stops there
+    assert not packing._PACKS
+    assert packing.packs(tiny_model())
+    assert list(packing._PACKS.values()) == [True]
+
+
 def test_merged_lora_equals_the_adapted_model_and_changes_it(examples):
     config = replace(CONFIG, steps=4, lora_rank=4, lora_alpha=8.0, learning_rate=2e-2)
     ids = torch.tensor([examples[0].ids])
@@ -327,3 +339,11 @@ def test_lora_adapts_the_layers_that_are_named_and_saves_alone(examples, tmp_pat
     assert b"/" not in (tmp_path / "adapter/adapter_config.json").read_bytes()
     with pytest.raises(BadInput, match=r"lora_targets \['nose'\]"):
         sft.train(tiny_model(), examples, [], replace(config, lora_targets=("nose",)), 0)
+
+
+def test_figures_of_a_run_have_no_evaluation_loss_that_was_not_measured():
+    line = {"step": 2, "tokens": 30, "train_loss": 0.5, "learning_rate": 0.1}
+    counts = {"rows": 3, "dropped": 1, "truncated": 0, "tokens": 20}
+    same = {"rows": 3, "dropped": 1, "truncated": 0, "steps": 2, "tokens": 30, "epochs": 1.5, "train_loss": 0.5}
+    assert run_figures([{**line, "eval_loss": -1.0}], counts) == same
+    assert run_figures([{**line, "eval_loss": 0.25}], counts) == {**same, "eval_loss": 0.25}

@@ -72,11 +72,13 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
 
 def ours(path: str, released: str) -> None:
     """Our filters, from a data set in memory to a data set in memory."""
+    from springhead.environment import keep_memory
     from springhead.params import load
     from springhead.rl.dataset import Dataset
     from springhead.rl.filter_chain import Settings, apply
     from springhead.rl.tasks import task
 
+    keep_memory()  # as every stage does
     arrays = read_arrays(path)
     ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"]) + 1
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])

@@ -12,6 +12,8 @@ READERS: Mapping[str, ModuleType] = MappingProxyType(
 """By family; each has `solve`, `needed_statements`, `signature` and `chain_error`."""
 LABELLED = frozenset({"logic", prontoqa.FAMILY})
 """Families whose answers are True and False; those of the others are numbers."""
+STORIES = frozenset({gsm8k.FAMILY})
+"""Families of natural text, whose problems come without redundant statements."""
 
 
 def reader(family: str) -> ModuleType:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
+from statistics import NormalDist
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ from springhead.rl.hdf5 import threads
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 _ENTRIES = 1 << 17  # of a block's states, half a megabyte
+_LEVELS = 1 << 16  # of the noise: what two random bytes choose among
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ class Gather:
         np.concatenate([array[a:b] for a, b in runs], out=place)
         return place
 
+    def read(self, key: str, block: _Block) -> Array:
+        """Returns one array of a block's episodes, not to be written to: a view where they lie next to each other."""
+        at, array = block.at, getattr(self.data, key)
+        if (np.diff(at) == 1).all():
+            part: Array = array[self.data.starts[at[0]] : self.data.ends[at[-1]]]
+            return part
+        length = block.rows.stop - block.rows.start
+        out = np.empty((length, *array.shape[1:]), array.dtype)
+        return self.copy(key, replace(block, rows=slice(0, length)), out)
+
     def arrays(self, keys: Iterable[str]) -> dict[str, Array]:
         """Returns whole arrays of the episodes."""
         made = {key: self.empty(key) for key in keys}
@@ -112,7 +125,7 @@ def with_noise(data: Dataset, at: Positions, scale: float, rng: np.random.Genera
     """Returns the episodes at some positions with Gaussian noise on their states, and the noise's deviation.
 
     Each state gets one noise vector, also where it appears as a successor, so that next_observations[t] stays
-    observations[t + 1].
+    observations[t + 1]. Its entries have 65,536 equally likely values, the largest of 4.3 deviations.
 
     Args:
         data: Episodes laid end to end.
@@ -123,32 +136,65 @@ def with_noise(data: Dataset, at: Positions, scale: float, rng: np.random.Genera
     """
     gather = Gather(data, at)
     before, after = gather.empty("observations"), gather.empty("next_observations")
-    parts = _each(lambda block: _moments(gather.copy("observations", block, before)), gather.blocks)
+    parts = _each(lambda block: _moments(gather.read("observations", block)), gather.blocks)
     deviation = np.float32(scale * _deviation(parts))
+    levels = _quantiles() * deviation
 
     def add(job: tuple[_Block, np.random.Generator]) -> None:
         block, own = job
-        steps = before[block.rows]
-        noise = own.standard_normal((len(steps) + len(block.at), steps.shape[1]), dtype=np.float32)
-        noise *= deviation
-        steps += noise[: len(steps)]
-        successors = gather.copy("next_observations", block, after)
-        last = successors[block.ends - 1]  # a copy, taken before the noise of the next episode's start is added
-        successors[:-1] += noise[1 : len(steps)]
-        successors[block.ends - 1] = last + noise[len(steps) :]
+        states, successors = (gather.read(key, block) for key in ("observations", "next_observations"))
+        noise = draw(levels, own, (len(states) + len(block.at), states.shape[1]))
+        np.add(states, noise[: len(states)], out=before[block.rows])
+        place = after[block.rows]
+        np.add(successors[:-1], noise[1 : len(states)], out=place[:-1])
+        place[block.ends - 1] = successors[block.ends - 1] + noise[len(states) :]
 
     _each(add, list(zip(gather.blocks, rng.spawn(len(gather.blocks)), strict=True)))
     others = take(data, at, [key for key in data.keys if key not in ("observations", "next_observations")])
     return replace(others, observations=before, next_observations=after), float(deviation)
 
 
+def draw(levels: npt.NDArray[np.float32], rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Draws among 65,536 equally likely values, by two random bytes each.
+
+    Args:
+        levels: (65536,) the values.
+        rng: Any generator whose raw output has 64 bits, as NumPy's default.
+        shape: Shape of the array.
+    """
+    number = int(np.prod(shape))
+    raw = rng.bit_generator.random_raw(-(-number // 4)).astype("<u8", copy=False)
+    drawn = np.empty(number, np.float32)
+    np.take(levels, raw.view("<u2")[:number], out=drawn, mode="wrap")  # all are in range; "clip" is slower
+    return drawn.reshape(shape)
+
+
+@cache
+def _quantiles() -> npt.NDArray[np.float32]:
+    """The standard normal distribution at a resolution of 65,536 equally likely values, in rising order.
+
+    They are its quantiles in the middle of 65,536 equal parts of its mass, stretched by 1.00001 to variance 1; the
+    largest is 4.325. No distance between the two distribution functions is above 2^-16, and drawing among them takes a
+    fifth of the time of NumPy's normal numbers, which was most of what the noise filter did.
+    """
+    inverse = NormalDist().inv_cdf
+    upper = np.array([inverse(0.5 + (i + 0.5) / _LEVELS) for i in range(_LEVELS // 2)])
+    upper /= np.sqrt(np.mean(upper**2))
+    return np.concatenate([-upper[::-1], upper]).astype(np.float32)
+
+
 def _moments(observations: Array) -> tuple[int, float, float]:
-    """Number, mean and sum of squared distances from it of all entries, in float64."""
-    entries = observations.reshape(-1).astype(np.float64)
-    mean = float(entries.mean())
-    entries -= mean
-    np.multiply(entries, entries, out=entries)  # not a dot product, whose last bits depend on the threads of BLAS
-    return len(entries), mean, float(entries.sum())
+    """Number, mean and sum of squared distances from it of a block's entries.
+
+    In float32, summed pairwise, as distances from the mean of the first of them: a block is small enough for six digits
+    of the deviation, and no more are needed.
+    """
+    entries = observations.reshape(-1)
+    near = entries[:1024].mean()
+    distances = entries - near
+    number, total = len(entries), float(distances.sum())
+    np.multiply(distances, distances, out=distances)  # not a dot product, whose last bits depend on the threads of BLAS
+    return number, float(near) + total / number, float(distances.sum()) - total**2 / number
 
 
 def _deviation(parts: Sequence[tuple[int, float, float]]) -> float:

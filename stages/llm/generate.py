@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput
-from springhead.llm import gsm8k, mend
+from springhead.llm import mend
+from springhead.llm.families import STORIES
 from springhead.llm.problems import Problem
 from springhead.llm.textrows import Row, read_rows, write_rows
 from springhead.stage import Stage, run_stage
@@ -66,12 +67,13 @@ def operators_for(problem: Problem, params: Params) -> tuple[str, ...]:
     Raises:
         BadInput: it allows none of those asked for.
     """
-    if problem.family != gsm8k.FAMILY:
+    if problem.family not in STORIES:
         return params.operators
     found = tuple(name for name in params.operators if "redundancy" not in name)
     if not found:
         raise BadInput(
-            "llm.generate.operators: gsm8k has no redundant statements; add 'order', or leave it out of train"
+            f"llm.generate.operators: problems of {problem.family} have no redundant statements; add 'order', or leave "
+            "them out of train"
         )
     return found
 
@@ -112,7 +114,7 @@ def run(stage: Stage[Params]) -> None:
             train += train_rows(problem, index, params, stage.seed)
             bar.advance()
         for problem in held_out:
-            redundant = 0 if problem.family == gsm8k.FAMILY else params.eval_redundant
+            redundant = 0 if problem.family in STORIES else params.eval_redundant
             evaluation += mend.eval_rows(problem, params.eval_random_orders, redundant, stage.seed)
             bar.advance()
     write_rows(stage.out, {"train.jsonl": train, "eval.jsonl": evaluation})

@@ -1,13 +1,14 @@
 """Copies of episodes and noise on their states: the same numbers, however the work is divided."""
 
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 from springhead.rl import filter_arrays
 from springhead.rl.dataset import Dataset
-from springhead.rl.filter_arrays import Gather, take, with_noise
+from springhead.rl.filter_arrays import Gather, draw, take, with_noise
 from tests.rl.offline_data import spread
 
 pytestmark = pytest.mark.unit
@@ -69,6 +70,19 @@ def test_two_steps_of_noise_differ() -> None:
     rng = np.random.default_rng(3)
     first, second = (with_noise(EVEN, SOME, 0.5, rng)[0].observations for _ in range(2))
     assert not np.array_equal(first, second)
+
+
+def test_noise_is_of_the_normal_distribution() -> None:
+    levels = filter_arrays._quantiles()
+    drawn = draw(levels, np.random.default_rng(0), (3, 70_001))
+    assert (drawn.shape, drawn.dtype) == ((3, 70_001), np.float32)
+    entries = np.sort(drawn.reshape(-1).astype(np.float64))
+    steps = np.arange(1, entries.size + 1) / entries.size
+    reached = np.array([NormalDist().cdf(x) for x in entries[::100]])
+    assert np.abs(reached - steps[::100]).max() < 1.63 / entries.size**0.5  # Kolmogorov-Smirnov at 1 %
+    assert entries[0] < -4 < 4 < entries[-1]
+    assert (np.diff(levels) > 0).all() and levels.astype(np.float64).var() == pytest.approx(1.0, abs=1e-7)
+    assert np.abs(np.corrcoef(drawn[:, 1:].reshape(-1), drawn[:, :-1].reshape(-1))[0, 1]) < 0.01
 
 
 @pytest.mark.usefixtures("small_blocks")

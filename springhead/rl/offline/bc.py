@@ -24,10 +24,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from springhead.bounds import OutOfRange, above_zero
 from springhead.errors import BadInput
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Flat, Sampler, check_constraint
-from springhead.rl.offline.contract import Generators, Member, OutOfRange, Settings, above_zero
+from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.frontier import fit_until, pareto
 from springhead.rl.offline.stacked import MLP
 from springhead.rl.tasks import Task

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.errors import BadInput
 from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.offline.actor_policy import chosen_limit
@@ -50,7 +51,7 @@ from springhead.rl.offline.candidates import (
     thresholds,
     with_actions,
 )
-from springhead.rl.offline.contract import Generators, Member, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Generators, Member
 from springhead.rl.offline.multipliers import Multipliers
 from springhead.rl.offline.stacked import MLP, Values, frozen_copy, pair, polyak
 from springhead.rl.offline.vae import PRIOR_CLIP, ActionVAE

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Batch, Flat, Sampler, check_constraint
@@ -41,7 +42,7 @@ from springhead.rl.offline.candidates import (
     mixed,
     thresholds,
 )
-from springhead.rl.offline.contract import Generators, Member, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Generators, Member
 from springhead.rl.offline.gaussian import SquashedGaussian
 from springhead.rl.offline.multipliers import Multipliers
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak

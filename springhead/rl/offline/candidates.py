@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.rl.lagrangian import q_threshold
 from springhead.rl.offline.batches import Batch
-from springhead.rl.offline.contract import Member, OutOfRange, Settings, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Member, Settings
 from springhead.rl.offline.stacked import MLP, Values, pair
 from springhead.rl.tasks import Task
 

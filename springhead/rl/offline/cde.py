@@ -33,10 +33,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from springhead.bounds import OutOfRange, above_zero, at_least
 from springhead.rl.offline import dice
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Batch, Flat
-from springhead.rl.offline.contract import Generators, Member, OutOfRange, above_zero, at_least
+from springhead.rl.offline.contract import Generators, Member
 from springhead.rl.offline.density import DensitySettings, Extraction, flow, prepare
 from springhead.rl.offline.mixture import Mixture
 from springhead.rl.offline.stacked import Values, pair

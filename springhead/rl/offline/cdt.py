@@ -33,17 +33,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.errors import BadInput
 from springhead.rl.offline.batches import Flat, check_constraint
-from springhead.rl.offline.contract import (
-    Generators,
-    Member,
-    OutOfRange,
-    Settings,
-    above_zero,
-    at_least,
-    fraction,
-)
+from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.frontier import attainable
 from springhead.rl.offline.relabelling import Augmentation, Items, joined, plain, relabelled
 from springhead.rl.offline.sequences import Batch, Sampler, Scheme

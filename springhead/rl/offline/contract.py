@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from springhead.errors import BadInput
+from springhead.bounds import OutOfRange, at_least
 
 OnStep = Callable[[int, dict[str, float]], None]
 """Told the number of finished steps and their figures; with no figures when a run resumes."""
@@ -82,43 +82,6 @@ class Settings:
             self.limits
         ):
             raise OutOfRange(f"limits are {list(self.limits)}; name different limits of 0 or more, to six digits")
-
-
-class OutOfRange(BadInput, ValueError):
-    """A hyper-parameter out of range. A ValueError, so that ``springhead.params.load`` adds file and key before it."""
-
-
-def at_least(low: float, settings: object, *names: str) -> None:
-    """Makes sure that fields of settings are ``low`` or more.
-
-    Raises:
-        OutOfRange: Naming the first that is not.
-    """
-    for name in names:
-        if not getattr(settings, name) >= low:
-            raise OutOfRange(f"{name} is {getattr(settings, name)}; use at least {low:g}")
-
-
-def above_zero(settings: object, *names: str) -> None:
-    """Makes sure that fields of settings are more than 0, and finite.
-
-    Raises:
-        OutOfRange: Naming the first that is not.
-    """
-    for name in names:
-        if not 0 < getattr(settings, name) < math.inf:
-            raise OutOfRange(f"{name} is {getattr(settings, name)}; use more than 0, and finite")
-
-
-def fraction(settings: object, *names: str) -> None:
-    """Makes sure that fields of settings lie in [0, 1].
-
-    Raises:
-        OutOfRange: Naming the first that does not.
-    """
-    for name in names:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise OutOfRange(f"{name} is {getattr(settings, name)}; use a number between 0 and 1")
 
 
 class Generators:

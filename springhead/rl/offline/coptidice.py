@@ -33,11 +33,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.rl.lagrangian import q_threshold
 from springhead.rl.offline import dice
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Batch, Flat, Sampler, check_constraint
-from springhead.rl.offline.contract import Generators, Member, Settings, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.gaussian import SquashedGaussian, normal_log_prob
 from springhead.rl.offline.least import least
 from springhead.rl.offline.stacked import Values

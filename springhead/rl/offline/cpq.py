@@ -35,10 +35,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Batch, Flat, Sampler, check_constraint
 from springhead.rl.offline.candidates import CandidateSettings, each_with, evaluate, extremes, goes_on, thresholds
-from springhead.rl.offline.contract import Generators, Member, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Generators, Member
 from springhead.rl.offline.gaussian import SquashedGaussian
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak
 from springhead.rl.offline.vae import LOG_STD_RANGE, PRIOR_CLIP, ActionVAE, kl_from_prior

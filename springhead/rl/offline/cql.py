@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Batch, Flat, Sampler, moments
-from springhead.rl.offline.contract import Generators, Member, Settings, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.gaussian import SquashedGaussian
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak
 from springhead.rl.tasks import Task

@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.errors import BadInput
 from springhead.rl.offline.batches import Batch, Flat, Sampler, moments
-from springhead.rl.offline.contract import Generators, Settings, above_zero, at_least, fraction
+from springhead.rl.offline.contract import Generators, Settings
 from springhead.rl.offline.gaussian import SquashedGaussian, log_slope
 from springhead.rl.offline.mixture import Mixture, MixturePolicy
 from springhead.rl.tasks import Task

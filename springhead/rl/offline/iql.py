@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from springhead.bounds import OutOfRange, above_zero, fraction
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Flat, Sampler, moments
-from springhead.rl.offline.contract import Generators, Member, OutOfRange, Settings, above_zero, fraction
+from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.gaussian import SquashedGaussian, normal_log_prob
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak
 from springhead.rl.tasks import Task

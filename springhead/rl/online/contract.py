@@ -13,46 +13,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from springhead.errors import BadInput
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.rl.lagrangian import ramp
 from springhead.rl.networks import ExpertPolicy
-
-
-class OutOfRange(BadInput, ValueError):
-    """A hyper-parameter out of range. A ValueError, so that ``springhead.params.load`` adds file and key before it."""
-
-
-def at_least(low: float, config: OnlineConfig, *names: str) -> None:
-    """Makes sure that fields of a configuration are ``low`` or more.
-
-    Raises:
-        OutOfRange: Naming the first that is not.
-    """
-    for name in names:
-        if not getattr(config, name) >= low:
-            raise OutOfRange(f"{name} is {getattr(config, name)}; use at least {low:g}")
-
-
-def above_zero(config: OnlineConfig, *names: str) -> None:
-    """Makes sure that fields of a configuration are more than 0.
-
-    Raises:
-        OutOfRange: Naming the first that is not.
-    """
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise OutOfRange(f"{name} is {getattr(config, name)}; use more than 0")
-
-
-def fraction(config: OnlineConfig, *names: str) -> None:
-    """Makes sure that fields of a configuration lie in [0, 1].
-
-    Raises:
-        OutOfRange: Naming the first that does not.
-    """
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise OutOfRange(f"{name} is {getattr(config, name)}; use a number between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

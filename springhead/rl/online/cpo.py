@@ -41,8 +41,8 @@ from typing import Any, ClassVar
 import torch
 from torch.distributions import Normal
 
+from springhead.bounds import above_zero, at_least
 from springhead.rl.online.advantages import Batch, standardise
-from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.online.trust_region import conjugate_gradients, fisher_product, gradient, line_search, mean_kl
 from springhead.rl.workers import EpisodeWorkers

@@ -42,9 +42,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from springhead.bounds import OutOfRange, above_zero, at_least
 from springhead.rl.acting import Head
 from springhead.rl.lagrangian import q_threshold
-from springhead.rl.online.contract import OutOfRange, above_zero, at_least
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
 from springhead.rl.workers import EpisodeWorkers

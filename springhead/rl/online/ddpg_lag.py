@@ -27,9 +27,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from springhead.bounds import OutOfRange, at_least, fraction
 from springhead.rl.acting import ExpertPolicy, Head
 from springhead.rl.lagrangian import PIDLagrangian, ramp
-from springhead.rl.online.contract import OutOfRange, at_least, fraction
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
 from springhead.rl.workers import EpisodeWorkers

@@ -29,8 +29,8 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from springhead.bounds import above_zero, at_least
 from springhead.rl.online.advantages import Batch, standardise
-from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.workers import EpisodeWorkers
 

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.rl.acting import Activation, ExpertPolicy, Head
 from springhead.rl.networks import Ensemble, GaussianActor, Moments
 from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
-from springhead.rl.online.contract import Figures, OnlineConfig, above_zero, at_least, fraction
+from springhead.rl.online.contract import Figures, OnlineConfig
 from springhead.rl.online.replay import Replay, Transitions
 from springhead.rl.online.rollouts import check_workers, episode_seeds, expert, roll_out
 from springhead.rl.tasks import task

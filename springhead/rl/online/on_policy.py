@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from springhead.bounds import fraction
 from springhead.rl.acting import Activation, ExpertPolicy
 from springhead.rl.dataset import Episode
 from springhead.rl.networks import GaussianActor, Moments, mlp
 from springhead.rl.online.advantages import Batch, Doubles, gae
 from springhead.rl.online.checkpoint import below, optimiser_tensors, restore_optimiser
-from springhead.rl.online.contract import Figures, OnlineConfig, fraction
+from springhead.rl.online.contract import Figures, OnlineConfig
 from springhead.rl.online.rollouts import check_workers, episode_seeds, expert, roll_out, sampled_actions
 from springhead.rl.tasks import task
 from springhead.rl.workers import EpisodeWorkers

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least
 from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.online.advantages import Batch, standardise
-from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
 from springhead.rl.workers import EpisodeWorkers
 

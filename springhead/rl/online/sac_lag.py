@@ -31,9 +31,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from springhead.bounds import above_zero, at_least
 from springhead.rl.acting import Head
 from springhead.rl.lagrangian import PIDLagrangian
-from springhead.rl.online.contract import above_zero, at_least
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
 from springhead.rl.online.replay import Transitions
 from springhead.rl.workers import EpisodeWorkers

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from springhead.rl.simulators.isolation import HEIGHT, WIDTH, global_numpy_seed, quiet
+from springhead.rl.simulators.spaces import spaces
 from springhead.rl.tasks import Task, task
 
 Floats = npt.NDArray[np.float32]
@@ -55,10 +56,7 @@ class BulletEnv(gymnasium.Env[Floats, Floats]):
             # The first reset stores the state that later resets restore; do it where it cannot vary.
             self._simulator.reset()
             self._base_state = _BaseState(self._simulator.agent)
-        bound = np.full(self.task.observation_dim, 1000.0, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
-        limit = np.ones(self.task.action_dim, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-limit, limit, dtype=np.float32)
+        self.observation_space, self.action_space = spaces(self.task, 1000.0)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Starts an episode.

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from springhead.errors import BadInput
+from springhead.rl.simulators.spaces import spaces
 from springhead.rl.tasks import CUSTOM, Task, custom_root, task
 
 Floats = npt.NDArray[np.float32]
@@ -42,10 +43,7 @@ class CustomEnv(gymnasium.Env[Floats, Floats]):
         self._env = _make(self.task, render_mode)
         self._low, self._width = _action_range(self.task, self._env.action_space)
         _check_observations(self.task, self._env.observation_space)
-        bound = np.full(self.task.observation_dim, np.inf, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
-        limit = np.ones(self.task.action_dim, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-limit, limit, dtype=np.float32)
+        self.observation_space, self.action_space = spaces(self.task)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Starts an episode.

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from springhead.errors import BadInput, SpringheadError
 from springhead.rl.simulators.isolation import HEIGHT, WIDTH
+from springhead.rl.simulators.spaces import spaces
 from springhead.rl.tasks import task
 
 Floats = npt.NDArray[np.float32]
@@ -70,10 +71,7 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
         self.render_mode = render_mode
         _check_version(task_name)
         self._episode: Connection | None = None
-        bound = np.ones(self.task.observation_dim, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
-        limit = np.ones(self.task.action_dim, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-limit, limit, dtype=np.float32)
+        self.observation_space, self.action_space = spaces(self.task, 1.0)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Starts an episode.

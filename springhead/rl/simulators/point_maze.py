@@ -28,6 +28,7 @@ import numpy.typing as npt
 from springhead.errors import BadInput
 from springhead.rl.simulators.isolation import HEIGHT, WIDTH, quiet
 from springhead.rl.simulators.mujoco_camera import Camera
+from springhead.rl.simulators.spaces import spaces
 from springhead.rl.tasks import Task, task
 
 Floats = npt.NDArray[np.float32]
@@ -139,10 +140,7 @@ class PointMazeEnv(gymnasium.Env[Floats, Floats]):
         self._model.site("target").pos[:2] = self.layout.goal  # for pictures
         cells = self.layout.free
         self._starts = self.layout.centres(cells[(cells != self.layout.goal_cell).any(axis=1)])
-        bound = np.full(self.task.observation_dim, np.inf, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
-        limit = np.ones(self.task.action_dim, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-limit, limit, dtype=np.float32)
+        self.observation_space, self.action_space = spaces(self.task)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Starts an episode in a random free cell other than the goal's.

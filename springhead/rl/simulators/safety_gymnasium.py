@@ -39,6 +39,7 @@ import yaml
 from springhead.errors import BadInput
 from springhead.rl.simulators.isolation import HEIGHT, WIDTH, quiet
 from springhead.rl.simulators.mujoco_camera import Camera
+from springhead.rl.simulators.spaces import spaces
 from springhead.rl.tasks import Task, task
 
 Floats = npt.NDArray[np.float32]
@@ -218,10 +219,7 @@ class SafetyGymnasiumEnv(gymnasium.Env[Floats, Floats]):
             self._simulator = _simulator(self.task)
         # The first reset builds the world another way than all later ones; do it where nobody sees it.
         self._simulator.reset(seed=0)
-        bound = np.full(self.task.observation_dim, np.inf, dtype=np.float32)
-        self.observation_space = gymnasium.spaces.Box(-bound, bound, dtype=np.float32)
-        limit = np.ones(self.task.action_dim, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(-limit, limit, dtype=np.float32)
+        self.observation_space, self.action_space = spaces(self.task)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Starts an episode.

@@ -159,7 +159,7 @@ def _constraint(result: dict[str, Any]) -> list[tuple[float, list[float]]]:
             multiplier, loss = _course(courses, "lmbda"), _course(courses, "lmbda_loss")
             cost = sum_threshold - statistics.mean(a / b for a, b in zip(loss[-5:], multiplier[-5:], strict=True))
         else:
-            multiplier = _course(courses, "lambda")
+            multiplier = _course(courses, "multiplier")
             cost = statistics.mean(_course(courses, "cost")[-5:])
         threshold = limit / of.horizon if result["side"] == "intended" else sum_threshold
         found.append((limit, [*_ends(multiplier), cost, threshold, *values]))

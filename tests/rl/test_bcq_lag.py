@@ -36,7 +36,7 @@ RELEASED: dict[str, Any] = {
     "target_action": "extremes", "actor_value": "lowest", "acting": "random", "cost_ensemble": "min",
     "timeouts": "terminal", "cost_terminals": "ignored",
 }  # fmt: skip
-LOSSES = ("loss-vae", "loss-critics", "loss-cost-critics", "loss-actor")
+LOSSES = ("vae_loss", "reward_critic_loss", "cost_critic_loss", "policy_loss")
 BOTH = pytest.mark.parametrize("settings", [SMALL, replace(SMALL, **RELEASED)], ids=["intended", "released"])
 
 
@@ -107,7 +107,7 @@ def test_the_policy_follows_reward_and_multiplied_cost(settings: BCQLagSettings)
         cost = (values[4:].min(0) if released else values[4:].max(0)).mean()
         multiplier = max(0.0, 2.5 * (cost - threshold) + 0.001 * (cost - threshold)) if cost > threshold else 0.0
         assert figures["multiplier"][member].item() == pytest.approx(multiplier, rel=1e-4)
-        assert figures["loss-actor"][member].item() == pytest.approx(-value + multiplier * (cost - threshold), abs=1e-4)
+        assert figures["policy_loss"][member].item() == pytest.approx(-value + multiplier * (cost - threshold), abs=1e-4)
     assert figures["multiplier"][0] > 1
     assert figures["multiplier"][1] == 0
 

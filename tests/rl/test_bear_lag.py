@@ -26,7 +26,7 @@ SMALL = BEARLagSettings(
 RELEASED: dict[str, Any] = {
     "target_action": "extremes", "cost_ensemble": "min", "timeouts": "terminal", "cost_terminals": "ignored",
 }  # fmt: skip
-LOSSES = ("loss-vae", "loss-critics", "loss-cost-critics", "loss-actor", "mmd", "alpha")
+LOSSES = ("vae_loss", "reward_critic_loss", "cost_critic_loss", "policy_loss", "mmd", "alpha")
 BOTH = pytest.mark.parametrize("settings", [SMALL, replace(SMALL, **RELEASED)], ids=["intended", "released"])
 
 
@@ -119,7 +119,7 @@ def test_the_policy_follows_reward_cost_and_support(settings: BEARLagSettings, i
         loss = multiplier * error + (distance - 0.05) - (0 if imitation_steps else value)
         assert figures["mmd"][member].item() == pytest.approx(distance, rel=1e-4)
         assert figures["multiplier"][member].item() == pytest.approx(multiplier, rel=1e-4)
-        assert figures["loss-actor"][member].item() == pytest.approx(loss, abs=1e-4)
+        assert figures["policy_loss"][member].item() == pytest.approx(loss, abs=1e-4)
         log_alpha = made.modules.get_buffer("log_alpha")[member].item()
         assert log_alpha == pytest.approx(0.1 * (distance - 0.05), rel=1e-4)
 

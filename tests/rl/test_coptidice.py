@@ -162,7 +162,7 @@ def test_where_every_step_costs_lambda_rises(mode: str, rises: bool) -> None:
     settings = replace(SMALL, hidden=(16,), threshold=mode, critic_learning_rate=3e-2, discount=0.8)  # type: ignore[arg-type]
     short = replace(BALL, horizon=20)  # so that the limit 10 is half of the steps
     made = COptiDICE("coptidice", flatten(costly(20), short), short, settings, [Member(0, 10.0)])
-    course = [float(made.update(step)["lambda"]) for step in range(1, 121)]
+    course = [float(made.update(step)["multiplier"]) for step in range(1, 121)]
     # The ratios' mean begins at exp(-lambda / alpha) and first has to come up to 1: nu falls to -lambda / (1 - gamma).
     assert (np.diff(course[60:]) > 0).all() == rises
     assert (np.diff(course) < 0).all() != rises
@@ -245,7 +245,7 @@ def test_on_a_small_cmdp_the_weights_are_those_of_the_constrained_optimum(limit:
         if step > 550:
             with torch.no_grad():
                 nu = made.values(torch.eye(STATES)[None])[0, 0].numpy()
-            e = REWARDS - float(figures["lambda"]) * COSTS + GAMMA * nu[GO] - nu[:, None]
+            e = REWARDS - float(figures["multiplier"]) * COSTS + GAMMA * nu[GO] - nu[:, None]
             ratios.append(np.where(e < 0, np.exp(np.minimum(e, 0) / 0.2), e / 0.2 + 1))
     found, wanted = SHARES * np.mean(ratios, axis=0), optimum(0.2, limit / 100)
     free = optimum(0.2, 1.0)
@@ -263,7 +263,7 @@ def test_the_first_losses_are_pinned(tmp_path: Path, released: bool) -> None:
     losses: list[float] = []
 
     def keep(step: int, figures: dict[str, float]) -> None:
-        losses.append(figures["nu_loss-limit-10"] + figures["chi_loss-limit-20"] + figures["actor_loss-limit-40"])
+        losses.append(figures["nu_loss-limit-10"] + figures["chi_loss-limit-20"] + figures["policy_loss-limit-40"])
 
     train(tmp_path, replace(SMALL, **(RELEASED if released else {})), keep)  # type: ignore[arg-type]
     assert losses == pytest.approx(PINNED[released], rel=1e-3, abs=1e-4)

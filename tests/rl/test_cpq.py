@@ -26,7 +26,7 @@ RELEASED: dict[str, Any] = {
     "unsupported": "released", "actor_gradient": "indicator", "cost_ensemble": "min", "timeouts": "terminal",
     "cost_terminals": "ignored",
 }  # fmt: skip
-LOSSES = ("loss-vae", "loss-critics", "loss-cost-critics", "loss-actor", "alpha")
+LOSSES = ("vae_loss", "reward_critic_loss", "cost_critic_loss", "policy_loss", "alpha")
 BOTH = pytest.mark.parametrize("settings", [SMALL, replace(SMALL, **RELEASED)], ids=["intended", "released"])
 
 
@@ -147,7 +147,7 @@ def test_the_policy_follows_safe_values_and_flees_from_unsafe_ones(settings: CPQ
         loss = loss + value.detach().abs().mean(1) * torch.where(cost > threshold, cost - threshold, 0.0).mean(1)
     _, known = twin.vae.loss(batch.observations, batch.actions, drawn_for_vae, 0.5)
     figures = made.update(1)
-    torch.testing.assert_close(figures["loss-actor"], loss.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(figures["policy_loss"], loss.detach(), rtol=1e-4, atol=1e-5)
     assert figures["safe"].tolist() == pytest.approx([0.5, 0.5])
     loss.sum().backward()
     for own, other in zip(made.actor.parameters(), twin.actor.parameters(), strict=True):
@@ -162,7 +162,7 @@ def test_the_policy_follows_safe_values_and_flees_from_unsafe_ones(settings: CPQ
             assert figures["unsupported"][member].item() == pytest.approx(len(beyond) / 64)
             both = [by_hand(twin.cost_critics, 2 * member + k, pairs[member].numpy()[beyond]).mean() for k in range(2)]
             excess = np.mean(both) - 1.5 * float(made.threshold[member])
-            assert figures["unsupported-excess"][member].item() == pytest.approx(excess, abs=1e-4)
+            assert figures["unsupported_excess"][member].item() == pytest.approx(excess, abs=1e-4)
             assert made.modules.get_buffer("log_alpha")[member].item() == pytest.approx(-0.1 * excess, abs=1e-5)
 
 

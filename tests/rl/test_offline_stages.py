@@ -67,7 +67,7 @@ def test_it_is_trained_evaluated_and_loaded(algorithm: str, data: Path, tmp_path
     item = {"task": "BallCircle", "algorithm": algorithm, "seed": "4"}
     trained = for_test(params(algorithm), tmp_path / "train" / algorithm / "4", inputs, item, seed=4)
     train.run(trained)
-    assert any(name.startswith(("loss", "value_loss", "nu_loss", "advantage_error")) for name in trained.record.metrics)
+    assert any("loss" in name or name.startswith("advantage_error") for name in trained.record.metrics)
     config = read_json(trained.out / "model/config.json")
     assert (config["task"], config["algorithm"]) == ("BallCircle", algorithm)
     assert [path.name for path in (trained.out / "policies").iterdir()] == ["00000002"]

@@ -103,7 +103,7 @@ def test_td3_weighs_value_by_its_mean_size(monkeypatch: pytest.MonkeyPatch) -> N
     batch = batch_of(16)
     monkeypatch.setattr(made.sampler, "draw", lambda: batch)
     made.optimisers["critics"].step = lambda: None  # type: ignore[method-assign,assignment]  # so that Q is known below
-    loss = made.update(2)["loss-actor"]
+    loss = made.update(2)["policy_loss"]
     made_before: TD3BC = learner("td3-bc")
     actions = np.tanh(mlp(made_before.actor, batch.observations[0].numpy()))
     value = mlp(made_before.critics, both(batch.observations, actions))[:, 0]
@@ -139,12 +139,12 @@ def test_iql_losses_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     density = -0.5 * np.square((before - mean) / np.exp(log_std)) - log_std - 0.5 * math.log(2 * math.pi)
     density = (density - np.log(1 - np.square(np.tanh(before)))).sum(1)
     figures = made.update(1)
-    assert float(figures["loss-value"]) == pytest.approx(
+    assert float(figures["value_loss"]) == pytest.approx(
         np.mean(np.where(advantage < 0, 0.3, 0.7) * advantage**2), rel=1e-4
     )
-    assert float(figures["loss-critics"]) == pytest.approx(sum(np.mean((one - wanted) ** 2) for one in q), rel=1e-4)
+    assert float(figures["critic_loss"]) == pytest.approx(sum(np.mean((one - wanted) ** 2) for one in q), rel=1e-4)
     weight = np.minimum(np.exp(3 * advantage), 100)
-    assert float(figures["loss-actor"]) == pytest.approx(-np.mean(weight * density), rel=1e-3)
+    assert float(figures["policy_loss"]) == pytest.approx(-np.mean(weight * density), rel=1e-3)
 
 
 def test_the_cosine_falls_from_one_to_almost_nothing() -> None:
@@ -217,7 +217,7 @@ PINNED = {
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_losses_are_pinned(name: str, tmp_path: Path) -> None:
     losses: list[float] = []
-    train(name, tmp_path, lambda step, figures: losses.append(figures["loss-critics"]))
+    train(name, tmp_path, lambda step, figures: losses.append(figures["critic_loss"]))
     assert losses == pytest.approx(PINNED[name], rel=1e-3)
 
 

@@ -216,11 +216,11 @@ class BCQLag:
         polyak(self.target_critics, self.critics, settings.tau)
         polyak(self.target_actor, self.actor, settings.tau)
         return {
-            "loss-vae": vae_loss.detach(),
-            "loss-critics": errors[:, 0].detach(),
-            "loss-cost-critics": errors[:, 1].detach(),
-            "loss-actor": actor_loss.detach(),
-            "cost-value": cost.detach(),
+            "vae_loss": vae_loss.detach(),
+            "reward_critic_loss": errors[:, 0].detach(),
+            "cost_critic_loss": errors[:, 1].detach(),
+            "policy_loss": actor_loss.detach(),
+            "cost_value": cost.detach(),
             "multiplier": multiplier.clone(),
         }
 

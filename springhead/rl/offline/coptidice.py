@@ -150,7 +150,7 @@ class COptiDICE:
         adam.zero_grad()
         (loss + actor_loss).sum().backward()
         adam.step()
-        return {**figures, "actor_loss": actor_loss.detach()}
+        return {**figures, "policy_loss": actor_loss.detach()}
 
     def _ratio_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The losses of nu, chi, lambda and tau (members,), the ratios (members, batch) without gradient, figures."""
@@ -181,7 +181,7 @@ class COptiDICE:
             loss = loss + chi_loss + tau * (settings.bound_divergence - divergence)
             cost = (worst * weighted_costs).sum(-1)
             figures |= {"chi_loss": chi_loss.detach(), "tau": tau.detach()}
-        figures |= {"cost": cost, "lambda": weight.detach()}
+        figures |= {"cost": cost, "multiplier": weight.detach()}
         return loss + weight * (self.limit - cost), ratios, figures
 
     def _evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

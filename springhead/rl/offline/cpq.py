@@ -224,14 +224,14 @@ class CPQ:
         polyak(self.target_critics, self.critics, settings.tau)
         polyak(self.target_cost_critics, self.cost_critics, settings.tau)
         return {
-            "loss-vae": vae_loss.detach(),
-            "loss-critics": errors.detach(),
-            "loss-cost-critics": cost_errors.detach(),
-            "loss-actor": actor_loss.detach(),
+            "vae_loss": vae_loss.detach(),
+            "reward_critic_loss": errors.detach(),
+            "cost_critic_loss": cost_errors.detach(),
+            "policy_loss": actor_loss.detach(),
             "alpha": alpha,
             "unsupported": share,
-            "unsupported-excess": excess,
-            "cost-value": cost.detach().mean(1),
+            "unsupported_excess": excess,
+            "cost_value": cost.detach().mean(1),
             "safe": safe.float().mean(1),
         }
 

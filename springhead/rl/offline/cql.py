@@ -159,8 +159,8 @@ class CQL:
                 optimiser.step()
         polyak(self.target, self.critics, settings.tau)
         return {
-            "loss-critics": critic_loss.detach(),
-            "loss-actor": actor_loss.detach(),
+            "critic_loss": critic_loss.detach(),
+            "policy_loss": actor_loss.detach(),
             "gap": gaps.detach().mean(1),
             "value": values.detach().mean(dim=(1, 2)),
             "temperature": temperature.detach(),

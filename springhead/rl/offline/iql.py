@@ -120,9 +120,9 @@ class IQL:
             optimiser.step()
         polyak(self.target, self.critics, settings.tau)
         return {
-            "loss-value": value_loss.detach(),
-            "loss-critics": critic_loss.detach(),
-            "loss-actor": actor_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "critic_loss": critic_loss.detach(),
+            "policy_loss": actor_loss.detach(),
             "value": value.detach().mean(1),
         }
 

@@ -132,8 +132,8 @@ class TD3BC:
             polyak(self.target_critics, self.critics, settings.tau)
             self.modules.get_buffer("actor_loss").copy_(loss.detach())
         return {
-            "loss-critics": errors.detach(),
-            "loss-actor": self.modules.get_buffer("actor_loss").clone(),
+            "critic_loss": errors.detach(),
+            "policy_loss": self.modules.get_buffer("actor_loss").clone(),
             "value": values.detach().mean(dim=(1, 2)),
         }
 

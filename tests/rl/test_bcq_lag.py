@@ -107,7 +107,9 @@ def test_the_policy_follows_reward_and_multiplied_cost(settings: BCQLagSettings)
         cost = (values[4:].min(0) if released else values[4:].max(0)).mean()
         multiplier = max(0.0, 2.5 * (cost - threshold) + 0.001 * (cost - threshold)) if cost > threshold else 0.0
         assert figures["multiplier"][member].item() == pytest.approx(multiplier, rel=1e-4)
-        assert figures["policy_loss"][member].item() == pytest.approx(-value + multiplier * (cost - threshold), abs=1e-4)
+        assert figures["policy_loss"][member].item() == pytest.approx(
+            -value + multiplier * (cost - threshold), abs=1e-4
+        )
     assert figures["multiplier"][0] > 1
     assert figures["multiplier"][1] == 0
 

@@ -193,6 +193,12 @@ def measure(
         pairs = rac.correct(model, tokenizer, prompts, form, greedy)
         again = [pair.second for pair in pairs]
         found["corrected"] = scores(task, again)
+        # A model that reads what it is shown copies the reference, and is led astray by another prompt's answer.
+        asked = [generation.prompt_ids(tokenizer, prompt) for prompt in prompts]
+        own = [list(run.answer) for run in runs["greedy"]]
+        references = [[t for t in rac.split(example)[1] if t not in form.ends] for example in examples]
+        for shown, answers in (("reference", references), ("other", [*own[1:], own[0]])):
+            found[f"shown_{shown}"] = scores(task, rac.again(model, tokenizer, asked, answers, form, greedy))
         if "right" in task.scores:
             flags = [
                 [score(r, t)["right"] == 1 for r, t in zip(task.asked, part, strict=True)] for part in (texts, again)

@@ -68,7 +68,7 @@ EPISODES = 20
 COLLECTED, COLLECT_SEED = 1000, 0
 SUBSAMPLE_SEED = 0
 EVALUATION_SEED = 20261124
-TUNED_ON, TUNING_SEEDS, TUNING_EVALUATION_SEED = "MazeUMaze", (10, 11), 7
+TUNING_SEEDS, TUNING_EVALUATION_SEED = (10, 11), 7
 HEAD = """# CDE on sparse and scarce data
 
     python benchmarks/cde_mazes.py collect       # the planner's data sets
@@ -78,8 +78,8 @@ HEAD = """# CDE on sparse and scarce data
 Scores are 0 for random actions and 100 for the planner that knows the goal ([mazes](../methods/mazes.md)). A cell is
 the mean over three seeds and the standard deviation between them; a seed's score is the mean of 20 episodes by the
 mean action at each of the last three of ten points of the training. Six algorithms, the same {steps} steps, batches and
-networks: `benchmarks/cde_settings.yaml`, chosen for each algorithm among four on `MazeUMaze`, with other seeds and
-resets (`tune`). One file per run, with all settings, lies in `docs/results/cde-mazes/`. torch {torch}.
+networks: `benchmarks/cde_settings.yaml`, the rest chosen for each maze and algorithm among four with all data and with
+other seeds and resets (`tune`). One file per run, with all settings, lies in `docs/results/cde-mazes/`. torch {torch}.
 
 """
 
@@ -92,13 +92,13 @@ class Run:
     algorithm: str
     ratio: float
     candidate: int | None = None
-    """Number of a candidate of the tuning; None for what the file gives the algorithm."""
+    """Number of a candidate of the tuning; None for what the file gives the algorithm on this maze."""
 
     @property
     def name(self) -> str:
         """The stem of its result file."""
         if self.candidate is not None:
-            return f"tuning/{self.algorithm}-{self.candidate}"
+            return f"tuning/{self.task}-{self.algorithm}-{self.candidate}"
         return f"{self.task}-{self.algorithm}-{100 * self.ratio:g}"
 
     @property
@@ -119,8 +119,9 @@ def given() -> dict[str, Any]:
 
 
 def settings(run: Run) -> Settings:
-    """The run's hyper-parameters: the algorithm's defaults, the common ones, and its own or a candidate's."""
-    own = given()["algorithms"][run.algorithm] if run.candidate is None else candidates(run.algorithm)[run.candidate]
+    """The run's hyper-parameters: the algorithm's defaults, the common ones, and a candidate's."""
+    number = given()["chosen"][run.task][run.algorithm] if run.candidate is None else run.candidate
+    own = candidates(run.algorithm)[number]
     values = {**given()["common"], **own}
     return load(entry(run.algorithm).settings_class(), values, f"{SETTINGS.name}: {run.algorithm}")
 
@@ -288,10 +289,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     collector = commands.add_parser("collect", help="collect the planner's data sets")
     refer = commands.add_parser("references", help="print the returns that score 0 and 100")
-    tuner = commands.add_parser("tune", help=f"train and evaluate every algorithm's candidates on {TUNED_ON}")
+    tuner = commands.add_parser("tune", help="train and evaluate every algorithm's candidates")
     runner = commands.add_parser("run", help="train and evaluate what has no result file of its settings yet")
     shower = commands.add_parser("table", help="write the page's tables from the result files")
-    for command in (collector, refer, runner):
+    for command in (collector, refer, tuner, runner):
         command.add_argument("--task", action="append", choices=MAZES, help="only this one; may be given again")
     for command in (collector, runner, tuner):
         command.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
@@ -317,7 +318,9 @@ def main() -> None:
     else:
         keys = arguments.algorithm or ALGORITHMS
         if arguments.command == "tune":
-            wanted = [Run(TUNED_ON, key, 1.0, number) for key in keys for number in range(len(candidates(key)))]
+            wanted = [
+                Run(name, key, 1.0, number) for name in names for key in keys for number in range(len(candidates(key)))
+            ]
         else:
             wanted = [Run(name, key, ratio) for name in names for ratio in arguments.ratio or RATIOS for key in keys]
         run_all(wanted, arguments.data, arguments.scratch, arguments.results)

@@ -31,6 +31,8 @@ from springhead.llm.tokenizer import unknown_words
 from springhead.progress import Progress
 
 METHOD = "rac"
+_SHARES = 1
+"""Tells the draws of which rows are corrected, and where answers are cut, from those of the answers."""
 Right = Callable[[Sequence[int], Sequence[int]], bool]
 """Whether an answer (tokens without end sign) is as right as the reference (tokens)."""
 
@@ -226,7 +228,8 @@ class Rac:
     def _units(self, model: PreTrainedModel, rows: Sequence[int], corrected: bool) -> Iterator[list[Example]]:
         """For each row what it adds to a batch: itself, and its correction where it gets one."""
         config, first = self._config, self.state["row"]
-        draws = [np.random.default_rng([self._seed, first + number]) for number in range(len(rows))]
+        # A stream of its own: that of the seed and the row alone draws the answer.
+        draws = [np.random.default_rng([self._seed, first + number, _SHARES]) for number in range(len(rows))]
         asked = [n for n, draw in enumerate(draws) if draw.random() < config.share] if corrected else []
         answers = self._answers(model, [rows[n] for n in asked], [first + n for n in asked])
         shown: Mapping[int, list[int]] = dict(zip(asked, answers, strict=True))
@@ -282,11 +285,33 @@ def correct(
 ) -> list[Corrected]:
     """Answer prompts, then answer them again with the first answer and the cue in view."""
     asked = [generation.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    first = generation.answer_ids(model, asked, decoding, form.ends, form.pad, progress)
-    again = [form.asked_again(prompt, answer.ids) for prompt, answer in zip(asked, first, strict=True)]
-    second = generation.answer_ids(model, again, decoding, form.ends, form.pad)
-    texts = [[str(tokenizer.decode(a.ids, skip_special_tokens=True)).strip() for a in part] for part in (first, second)]
-    return [Corrected(*pair) for pair in zip(*texts, strict=True)]
+    first = [answer.ids for answer in generation.answer_ids(model, asked, decoding, form.ends, form.pad, progress)]
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in first]
+    return [Corrected(*pair) for pair in zip(texts, again(model, tokenizer, asked, first, form, decoding), strict=True)]
+
+
+def again(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Sequence[int]],
+    shown: Sequence[Sequence[int]],
+    form: Form,
+    decoding: generation.Decoding,
+) -> list[str]:
+    """Answer prompts with an answer and the cue in view.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        asked: Tokens of the prompts.
+        shown: For each an answer, without end sign; a model that reads it copies a right one.
+        form: What answer and correction stand in.
+        decoding: How to answer. Numbers are drawn anew: those of the first answer would repeat a slip at its place.
+    """
+    rows = [form.asked_again(prompt, answer) for prompt, answer in zip(asked, shown, strict=True)]
+    keys = [f"correction {number}" for number in range(len(rows))]
+    found = generation.answer_ids(model, rows, decoding, form.ends, form.pad, keys=keys)
+    return [str(tokenizer.decode(answer.ids, skip_special_tokens=True)).strip() for answer in found]
 
 
 def rates(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:

@@ -101,6 +101,31 @@ def test_what_is_shown_is_what_the_snapshot_answers(examples, form):
     assert {row.ids for row in fixed} == expected
 
 
+def test_which_rows_are_answered_does_not_decide_what_is_drawn(examples, form, monkeypatch):
+    made = source(examples, form, replace(CONFIG, share=0.5))
+    keys: list[int] = []
+
+    def answer(model, rows, wanted):
+        keys.extend(wanted)
+        return [[] for _ in rows]
+
+    monkeypatch.setattr(made, "_answers", answer)
+    assert len(list(made._units(tiny_model(), [0] * 400, True))) == 400
+    assert 150 < len(keys) < 250
+    drawn = [generation._generator(0, key).random() for key in keys]  # what picks their first tokens
+    assert sum(number > 0.5 for number in drawn) == pytest.approx(len(drawn) / 2, rel=0.25)
+
+
+def test_a_corrected_answer_is_drawn_anew():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    form = replace(Form.of(model, tokenizer, CONFIG.cue), cue=())
+    asked = [generation.prompt_ids(tokenizer, row["prompt"]) for row in ROWS]
+    hot = generation.Decoding(8, temperature=1.0)
+    first = generation.generate(model, tokenizer, [row["prompt"] for row in ROWS], hot)
+    # Nothing is shown and no cue stands between, so that only the random numbers differ.
+    assert rac.again(model, tokenizer, asked, [[] for _ in asked], form, hot) != first
+
+
 def test_a_cut_answer_is_a_prefix_of_the_whole_one(examples, form):
     model = tiny_model(spread=0.5)
     _, whole = rows_of(source(examples, form).next_batches(model, 0))

@@ -152,6 +152,18 @@ def test_success_is_an_episodes_last_reward() -> None:
     assert (none.rewards == 0).all()
 
 
+def test_what_stands_for_the_initial_states_is_chosen() -> None:
+    data = flatten(dataset([(0.0, 3), (2.0, 5)], length=12), BALL)
+    found = {}
+    for starts in ("episodes", "states"):
+        settings = DensitySettings(batch_size=400, starts=starts)  # type: ignore[arg-type]
+        sampler, (shift, scale) = prepare("cde", data, settings, Generators([0]))
+        drawn = sampler.draw_initial()[0] * scale + shift
+        found[starts] = set(torch.cdist(drawn, data.observations).argmin(1).tolist())
+    assert found["episodes"] == {0, 12}
+    assert found["states"] == set(range(24)) - {11, 23}  # not where the horizon cuts
+
+
 def test_episodes_of_one_step_are_refused() -> None:
     with pytest.raises(BadInput, match="cde: every transition is cut by the horizon"):
         prepare("cde", flatten(dataset([(1.0, 1), (2.0, 0)], length=1), BALL), DensitySettings(), Generators([0]))

@@ -78,6 +78,7 @@ class Sampler:
         reward_scale: Rewards are multiplied by this.
         cost_scale: Costs are multiplied by this.
         moments: Subtracted from observations, and then divided by; None leaves them raw.
+        starts: Positions that :meth:`draw_initial` draws; None for the first of every episode.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Sampler:
         reward_scale: float = 1.0,
         cost_scale: float = 1.0,
         moments: tuple[torch.Tensor, torch.Tensor] | None = None,
+        starts: torch.Tensor | None = None,
     ) -> None:
         shift, scale = moments or (torch.zeros(1), torch.ones(1))
         initial = torch.zeros(len(data.rewards))
@@ -106,7 +108,7 @@ class Sampler:
         self.generators, self.batch_size = generators, batch_size
         self._widths = [column.shape[1] for column in columns]
         self._table = torch.cat(columns, dim=1).to(generators.device)
-        self._starts = data.starts.to(generators.device)
+        self._starts = (data.starts if starts is None else starts).to(generators.device)
         self._pools = None
         self._highs = [len(data.rewards)] * len(generators)
         if pools is not None:
@@ -135,7 +137,7 @@ class Sampler:
         )
 
     def draw_initial(self) -> torch.Tensor:
-        """Draws first observations of episodes, (members, batch, observation_dim), with replacement."""
+        """Draws observations that episodes start from, (members, batch, observation_dim), with replacement."""
         highs = [len(self._starts)] * len(self.generators)
         return self._table[self._starts[self.generators.integers(highs, self.batch_size)]][..., : self._widths[0]]
 

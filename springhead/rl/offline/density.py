@@ -51,6 +51,10 @@ class DensitySettings(Settings):
     policy_data: Literal["all", "successes"] = "all"
     """States that the policy is projected at: all, or those of episodes whose last reward is above 0."""
 
+    starts: Literal["episodes", "states"] = "episodes"
+    """What stands for the distribution of initial states: the first states of the episodes, or all states of the data.
+    Take all where a few long episodes start at few places and the policy may start anywhere."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         above_zero(self, "alpha", "reward_scale", "learning_rate")
@@ -74,7 +78,7 @@ def prepare(name: str, data: Flat, settings: DensitySettings, generators: Genera
     Args:
         name: The algorithm, for messages.
         data: The data set.
-        settings: Batch size, reward scale and choice of states.
+        settings: Batch size, reward scale and choices of states.
         generators: Draw the batches.
 
     Raises:
@@ -97,7 +101,10 @@ def prepare(name: str, data: Flat, settings: DensitySettings, generators: Genera
             weights = succeeded.float()
     standardised = replace(data, rewards=standard, costs=weights)
     pools, scaling = [kept] * len(generators), moments(data)
-    sampler = Sampler(standardised, generators, settings.batch_size, pools, settings.reward_scale, moments=scaling)
+    starts = kept if settings.starts == "states" else None
+    sampler = Sampler(
+        standardised, generators, settings.batch_size, pools, settings.reward_scale, moments=scaling, starts=starts
+    )
     return Prepared(sampler, scaling)
 
 

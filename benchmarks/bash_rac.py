@@ -72,20 +72,22 @@ def base_sft(steps: int) -> sft.SftConfig:
     return sft.SftConfig(steps=steps, batch_tokens=1000, learning_rate=0.001)
 
 
+def arithmetic_asked(part: str, count: int, spec: problems.ProblemSpec) -> list[dict[str, Any]]:
+    """Unseen problems; those of the two parts are told apart by the digest of the problem's facts."""
+    held_out = problems.generate(4 * count, {"dev": 2, "test": 3}[part], replace(spec, split="id"))
+    mine = [p for p in held_out if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
+    return [mend.sft_row(p) for p in mine[:count]]
+
+
 @cache
 def arithmetic(part: str) -> Task:
     """Two to four operations told in solving order; the base knows problems of one and two."""
     base = WORK / "arithmetic-base"
     if not (base / "config.json").exists():
         students.build_small(base, SMALL, 0)
-    train = [mend.sft_row(p) for p in problems.generate(400, 1, ARITHMETIC)]
-    seed, count = {"dev": (2, 200), "test": (3, 200)}[part]
-    held_out = problems.generate(800, seed, replace(ARITHMETIC, split="id"))
-    # Dev and test problems are told apart by the digest of the problem's facts.
-    mine = [p for p in held_out if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
     return Task(
-        train=train,
-        asked=[mend.sft_row(p) for p in mine[:count]],
+        train=[mend.sft_row(p) for p in problems.generate(400, 1, ARITHMETIC)],
+        asked=arithmetic_asked(part, 200, ARITHMETIC),
         base=base,
         sft=sft.SftConfig(steps=200, batch_tokens=600, learning_rate=0.001),
         bash=bash.BashConfig(beta_from=0.2, beta_to=0.6, share=0.5, refresh=20, start=0.2, protect_digits=True),
@@ -103,6 +105,20 @@ def arithmetic_long(part: str) -> Task:
     # By half of the run nearly all cool answers to the training rows are right: hotter ones are not, and all are shown.
     correct = replace(short.rac, refresh=30, start=0.4, temperature=1.5, right_share=1.0)
     return replace(short, sft=replace(short.sft, steps=600), rac=correct)
+
+
+def arithmetic_fresh(part: str) -> Task:
+    """As many problems as steps can hold, so that greedy answers to them are those to unseen ones; 1,000 are asked."""
+    short = arithmetic(part)
+    correct = replace(short.rac, refresh=30, start=0.15, temperature=0.0, right_share=1.0)
+    return replace(
+        short,
+        train=[mend.sft_row(p) for p in problems.generate(8000, 1, ARITHMETIC)],
+        asked=arithmetic_asked(part, 1000, ARITHMETIC),
+        sft=replace(short.sft, steps=600, batch_tokens=1200),
+        rac=correct,
+        bash=replace(short.bash, refresh=30),
+    )
 
 
 def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -147,7 +163,12 @@ def e2e(part: str) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[str], Task]] = {"arithmetic": arithmetic, "arithmetic-long": arithmetic_long, "e2e": e2e}
+TASKS: dict[str, Callable[[str], Task]] = {
+    "arithmetic": arithmetic,
+    "arithmetic-long": arithmetic_long,
+    "arithmetic-fresh": arithmetic_fresh,
+    "e2e": e2e,
+}
 
 
 def score(row: Mapping[str, Any], text: str) -> dict[str, float]:

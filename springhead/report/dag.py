@@ -1,13 +1,14 @@
 """The pipeline as an inline SVG: one node per step, its matrix items counted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 
 from springhead.lineage.graph import Graph, branch_of, item_of, step_of
 from springhead.progress import duration
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 124, 50, 44, 22, 10  # pixels
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 112, 50, 40, 22, 10  # pixels; a column is wider where a name needs it
+_LETTER = 7.8  # pixels of a bold letter of the names
 _TITLES = {"rl": "Safe policies", "llm": "Language models"}
 
 
@@ -21,6 +22,11 @@ class _Node:
     seconds: float = 0.0
     column: int = 0
     row: int = 0
+
+    @property
+    def label(self) -> str:
+        """Its name, and how many items it has."""
+        return f"{self.name} ×{len(self.items)}" if len(self.items) > 1 else self.name
 
     @property
     def state(self) -> str:
@@ -81,19 +87,41 @@ def _place(nodes: dict[str, _Node], edges: set[tuple[str, str]]) -> None:
         taken[node.column] = node.row + 1
 
 
-def _x(node: _Node) -> int:
-    return _MARGIN + node.column * (_WIDTH + _GAP_X)
+class _Grid:
+    """Where boxes stand, in pixels.
+
+    Args:
+        nodes: What stands in it; a column is as wide as its longest name needs.
+        top: Upper edge of row 0.
+    """
+
+    def __init__(self, nodes: Iterable[_Node], top: int) -> None:
+        self.top = top
+        self._widths: dict[int, int] = {}
+        for node in nodes:
+            needed = max(_WIDTH, round(_LETTER * len(node.label)) + 16)
+            self._widths[node.column] = max(needed, self._widths.get(node.column, 0))
+
+    def width(self, node: _Node) -> int:
+        """Width of a node's box."""
+        return self._widths[node.column]
+
+    def x(self, node: _Node) -> int:
+        """Left edge of a node's box."""
+        before = [width for column, width in self._widths.items() if column < node.column]
+        return _MARGIN + sum(before) + len(before) * _GAP_X
+
+    def y(self, node: _Node) -> int:
+        """Upper edge of a node's box."""
+        return self.top + node.row * (_HEIGHT + _GAP_Y)
 
 
 def _svg(branch: str, nodes: dict[str, _Node], edges: set[tuple[str, str]]) -> str:
-    spans = [nodes[b].column - nodes[a].column for a, b in edges if nodes[a].row == nodes[b].row]
+    spans = [nodes[b].column - nodes[a].column for a, b in edges if nodes[a].row == nodes[b].row == 0]
     top = _MARGIN + (20 + 13 * max(spans) if spans and max(spans) > 1 else 12)
-
-    def y(node: _Node) -> int:
-        return top + node.row * (_HEIGHT + _GAP_Y)
-
-    width = max(_x(node) for node in nodes.values()) + _WIDTH + _MARGIN
-    height = max(y(node) for node in nodes.values()) + _HEIGHT + _MARGIN
+    grid = _Grid(nodes.values(), top)
+    width = max(grid.x(node) + grid.width(node) for node in nodes.values()) + _MARGIN
+    height = max(grid.y(node) for node in nodes.values()) + _HEIGHT + _MARGIN
     title = _TITLES.get(branch, branch)
     steps = ", ".join(nodes)
     parts = [
@@ -103,33 +131,41 @@ def _svg(branch: str, nodes: dict[str, _Node], edges: set[tuple[str, str]]) -> s
         'orient="auto-start-reverse"><path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>',
     ]
     for before, after in sorted(edges):
-        parts.append(f'<path class="edge" d="{_path(nodes[before], nodes[after], y)}" marker-end="url(#tip)"/>')
-    parts += [_box(node, y(node)) for node in nodes.values()]
+        parts.append(f'<path class="edge" d="{_path(nodes[before], nodes[after], grid)}" marker-end="url(#tip)"/>')
+    parts += [_box(node, grid) for node in nodes.values()]
     caption = f"<figcaption>{escape(title)}</figcaption>"
     return f'<figure class="dag-figure">{caption}<div class="scroll">{"".join(parts)}</svg></div></figure>'
 
 
-def _path(before: _Node, after: _Node, y: Callable[[_Node], int]) -> str:
-    """Returns a line to the next column, or an arc over the nodes in between."""
-    x1, x2 = _x(before) + _WIDTH, _x(after)
-    y1, y2 = y(before) + _HEIGHT // 2, y(after) + _HEIGHT // 2
+def _path(before: _Node, after: _Node, grid: _Grid) -> str:
+    """Returns a line to the next column, an arc over row 0, or a way between two rows: no box is crossed."""
+    x1, x2 = grid.x(before) + grid.width(before), grid.x(after)
+    y1, y2 = grid.y(before) + _HEIGHT // 2, grid.y(after) + _HEIGHT // 2
     span = after.column - before.column
-    if span == 1 or before.row != after.row:
+    if span == 1:
         bend = (x2 - x1) // 2
         return f"M{x1} {y1} C{x1 + bend} {y1} {x2 - bend} {y2} {x2 - 2} {y2}"
-    rise = y(before) - 12 - 13 * span
-    start, end = _x(before) + _WIDTH * 3 // 4, _x(after) + _WIDTH // 4
-    return f"M{start} {y(before)} C{start + 20} {rise} {end - 20} {rise} {end} {y(after) - 2}"
+    if before.row == after.row == 0:
+        rise = grid.top - 12 - 13 * span
+        start, end = x1 - _WIDTH // 4, x2 + _WIDTH // 4
+        return f"M{start} {grid.top} C{start + 20} {rise} {end - 20} {rise} {end} {grid.top - 2}"
+    # The lane above the row it comes to, or, on its way up, below it.
+    lane = grid.y(after) - _GAP_Y // 2 if before.row <= after.row else grid.y(after) + _HEIGHT + _GAP_Y // 2
+    half = _GAP_X // 2
+    return (
+        f"M{x1} {y1} C{x1 + half} {y1} {x1 + half // 2} {lane} {x1 + _GAP_X} {lane} H{x2 - _GAP_X} "
+        f"C{x2 - half // 2} {lane} {x2 - half} {y2} {x2 - 2} {y2}"
+    )
 
 
-def _box(node: _Node, y: int) -> str:
-    count = f" ×{len(node.items)}" if len(node.items) > 1 else ""
+def _box(node: _Node, grid: _Grid) -> str:
+    x, y, width = grid.x(node), grid.y(node), grid.width(node)
     time = duration(node.seconds) if node.seconds else ""
-    middle, items = _x(node) + _WIDTH // 2, ", ".join(item for item in node.items if item)
+    middle, items = x + width // 2, ", ".join(item for item in node.items if item)
     tooltip = escape(f"{node.name}{': ' + items if items else ''}")
     return (
         f'<g class="node {node.state}"><title>{tooltip}</title>'
-        f'<rect x="{_x(node)}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="9"/>'
-        f'<text x="{middle}" y="{y + 21}" class="name">{escape(node.name)}{count}</text>'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{_HEIGHT}" rx="9"/>'
+        f'<text x="{middle}" y="{y + 21}" class="name">{escape(node.label)}</text>'
         f'<text x="{middle}" y="{y + 38}" class="time">{escape(time)}</text></g>'
     )

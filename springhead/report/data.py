@@ -43,7 +43,7 @@ def films(root: Path, graph: Graph, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _film(folder: Path, role: str, entry: dict[str, Any]) -> dict[str, Any]:
-    who = f"{_ROLES.get(role, role)}: {entry['algorithm']} at cost limit {entry['cost_limit']:g}"
+    who = f"{_ROLES.get(role, role)}: {entry['algorithm']} at cost limit {entry['cost_limit']:.3g}"
     if entry["film"] is None:
         return {"path": None, "title": who, "why": str(entry["why"])}
     path = folder / entry["film"]

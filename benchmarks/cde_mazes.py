@@ -87,8 +87,8 @@ TAIL = """
 ## What this shows
 
 Only on the small maze is CDE ahead by more than the seeds' spread. On the medium one a policy either finds its way from
-most cells or stands in a corner, and which of the two is a matter of the seed for every method: three seeds cannot order
-them there. These budgets are a sixteenth of the published 100,000 steps, with narrower networks.
+most cells or stands in a corner, and which of the two is a matter of the seed for every method: three seeds cannot
+order them there. These budgets are a sixteenth of the published 100,000 steps, with narrower networks.
 
 In a first round both density methods drew initial states from the episodes' first states only, and CDE scored 4.8 on
 the medium maze with 10 % of the data. There the value is determined only where optimal drives from 100 first states

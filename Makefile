@@ -20,7 +20,7 @@ export GX_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help install peers trl browser run test test-slow lint report clean
+.PHONY: help install drive peers trl browser run test test-slow lint report clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,13 @@ $(VENV)/.installed: locks/full.lock pyproject.toml
 	|| { $(BIN)/python -m pip install --quiet --no-compile --no-deps -r $(VENV)/rest.lock \
 	  && $(BIN)/python -m pip install --quiet --no-compile $(TORCH) -c $(VENV)/rest.lock $(TORCH_FROM); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+drive: $(VENV)/.drive  ## add MetaDrive (half a gigabyte) to the virtual environment, for the nine driving tasks
+
+$(VENV)/.drive: locks/drive.lock $(VENV)/.installed
+	{ test -x $(BIN)/uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r locks/drive.lock; } \
+	|| $(BIN)/python -m pip install --quiet --no-compile --no-deps -r locks/drive.lock
 	touch $@
 
 peers: $(PEERS)/.installed  ## make the environment of FSRL and OSRL, for the benchmarks and the client tests

@@ -156,7 +156,7 @@ def e2e(part: str) -> Task:
         asked=groups[300:400] if part == "dev" else groups[400:],
         base=base,
         sft=base_sft(400),
-        bash=bash.BashConfig(beta_from=0.05, beta_to=0.2, share=0.5, refresh=40, start=0.25),
+        bash=bash.BashConfig(beta_from=0.1, beta_to=0.3, share=0.75, refresh=40, start=0.25, temperature=0.7),
         rac=rac.RacConfig(cue="", again=True, refresh=40, start=0.25, max_new_tokens=80),
         max_new_tokens=80,
         scores=rouge.NAMES,

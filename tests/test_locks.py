@@ -7,6 +7,7 @@ import pytest
 
 from springhead.environment import check_packages, locked_packages
 from springhead.errors import BadInput
+from springhead.rl.simulators import metadrive
 
 LOCKS = Path(__file__).parent.parent / "locks"
 
@@ -18,6 +19,14 @@ def test_the_branch_locks_are_part_of_the_full_lock() -> None:
         packages = locked_packages(LOCKS / f"{branch}.lock")
         assert packages
         assert {name: full.get(name) for name in packages} == packages
+
+
+@pytest.mark.unit
+def test_the_driving_extra_only_adds_to_the_full_lock() -> None:
+    full, drive = locked_packages(LOCKS / "full.lock"), locked_packages(LOCKS / "drive.lock")
+    assert not set(full) & set(drive)
+    assert f"metadrive-simulator=={drive['metadrive-simulator']}" in (LOCKS.parent / "pyproject.toml").read_text()
+    assert drive["metadrive-simulator"] == metadrive._VERSION
 
 
 @pytest.mark.unit

@@ -137,15 +137,14 @@ class MetaDriveEnv(gymnasium.Env[Floats, Floats]):
 
 
 def _check_version(task_name: str) -> None:
-    """Refuses another MetaDrive: no lock file holds it, so the version is part of this file, which stages depend on."""
+    """Refuses another MetaDrive: no stage depends on its lock file, so the version is part of this file."""
+    wanted = f"task {task_name} needs MetaDrive {_VERSION}, %s; run `make drive`, or pip install -e '.[drive]'"
     try:
         found = metadata.version("metadrive-simulator")
     except metadata.PackageNotFoundError:
-        raise BadInput(
-            f"task {task_name} needs MetaDrive, which is not installed; pip install springhead[drive]"
-        ) from None
+        raise BadInput(wanted % "which is not installed") from None
     if found != _VERSION:
-        raise BadInput(f"task {task_name} needs MetaDrive {_VERSION}, found {found}; pip install springhead[drive]")
+        raise BadInput(wanted % f"found {found}")
 
 
 _GOOD, _BAD = b"+", b"-"  # how a reply begins

@@ -152,19 +152,25 @@ def test_a_full_disk_keeps_the_finished_shards(expert_folder, tmp_path, whole):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def breaking(seed, at, where):
-    """An environment whose simulator returns NaN at one step of one episode; the runner leaves wrappers out."""
+def breaking(of_seed, at, where):
+    """An environment whose simulator returns NaN at one step of one episode; the runner leaves wrappers out.
+
+    ``observations`` stands for the first one, which comes from the reset.
+    """
     env = envs.make("BallRun")
     base, state = env.unwrapped, {}
     reset, step = base.reset, base.step
 
     def note(*, seed=None, options=None):
         state.update(seed=seed, step=0)
-        return reset(seed=seed, options=options)
+        observation, info = reset(seed=seed, options=options)
+        if where == "observations" and state["seed"] == of_seed:
+            observation = observation * np.float32(np.nan)
+        return observation, info
 
     def broken(action):
         observation, reward, terminated, truncated, info = step(action)
-        if (state["seed"], state["step"]) == (seed, at):
+        if where != "observations" and (state["seed"], state["step"]) == (of_seed, at):
             if where == "next_observations":
                 observation = observation * np.float32(np.nan)
             elif where == "rewards":
@@ -179,19 +185,21 @@ def breaking(seed, at, where):
 
 
 @pytest.mark.fault("F31")
-@pytest.mark.parametrize("where", ["next_observations", "rewards", "costs"])
+@pytest.mark.parametrize(
+    ("where", "step"), [("observations", 0), ("next_observations", 17), ("rewards", 17), ("costs", 17)]
+)
 def test_nan_from_the_simulator_is_named_and_the_finished_shards_stay(
-    expert_folder, tmp_path, whole, where, monkeypatch
+    expert_folder, tmp_path, whole, where, step, monkeypatch
 ):
     stage = stage_in(tmp_path, expert_folder)
     index = read_json(expert_folder / "index.json")
     seed = make_plan(index, 14, 2, {}, 2, 9)[2].seeds[1]
     with monkeypatch.context() as patch:
-        patch.setattr(envs, "_POOL", {"BallRun": [breaking(seed, 17, where) for _ in range(2)]})
+        patch.setattr(envs, "_POOL", {"BallRun": [breaking(seed, step, where) for _ in range(2)]})
         with pytest.raises(SimulatorFault) as caught:
             collect.run(stage)
     message = str(caught.value)
-    for part in (f"policy {index[0]['name']} (ppo-lag)", "task BallRun", f"seed {seed}", "step 17", where):
+    for part in (f"policy {index[0]['name']} (ppo-lag)", "task BallRun", f"seed {seed}", f"step {step}", where):
         assert part in message
     assert [path.name[:6] for path in shards_of(stage)] == ["000000", "000001"]
     again = stage_in(tmp_path, expert_folder)

@@ -15,6 +15,7 @@ from springhead.lineage.digests import file_digest
 # beyond its container, so it is recorded in receipts but is no dependency of the stages.
 HARNESS = (
     "springhead/__init__.py",
+    "springhead/bounds.py",
     "springhead/declared.py",
     "springhead/energy.py",
     "springhead/environment.py",

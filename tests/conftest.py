@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dvc  # noqa: F401  (its log writes to the stdout of its import: a command's own would be closed when a test ends)
 import pytest
 
 import stages  # noqa: F401  (sets the threads and the offline switches before NumPy loads)

@@ -194,7 +194,8 @@ def _moments(observations: Array) -> tuple[int, float, float]:
     distances = entries - near
     number, total = len(entries), float(distances.sum())
     np.multiply(distances, distances, out=distances)  # not a dot product, whose last bits depend on the threads of BLAS
-    return number, float(near) + total / number, float(distances.sum()) - total**2 / number
+    squares = max(float(distances.sum()) - total**2 / number, 0.0)  # rounding may take it below 0
+    return number, float(near) + total / number, squares
 
 
 def _deviation(parts: Sequence[tuple[int, float, float]]) -> float:

@@ -75,7 +75,7 @@ def test_two_steps_of_noise_differ() -> None:
 def test_noise_is_of_the_normal_distribution() -> None:
     levels = filter_arrays._quantiles()
     drawn = draw(levels, np.random.default_rng(0), (3, 70_001))
-    assert (drawn.shape, drawn.dtype) == ((3, 70_001), np.float32)
+    assert drawn.shape == (3, 70_001) and drawn.dtype == np.dtype(np.float32)
     entries = np.sort(drawn.reshape(-1).astype(np.float64))
     steps = np.arange(1, entries.size + 1) / entries.size
     reached = np.array([NormalDist().cdf(x) for x in entries[::100]])
@@ -93,6 +93,19 @@ def test_the_deviation_is_that_of_all_entries_together() -> None:
     )
     _, deviation = with_noise(shifted, np.arange(len(shifted)), 1.0, np.random.default_rng(0))
     assert deviation == pytest.approx(entries.std(dtype=np.float64), rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e6 + 1 / 7])
+def test_equal_states_have_no_deviation(value: float) -> None:
+    arrays = {key: getattr(EVEN, key) for key in EVEN.keys}
+    flat = {key: np.full_like(arrays[key], value) for key in ("observations", "next_observations")}
+    noisy, deviation = with_noise(
+        Dataset(**arrays | flat, starts=EVEN.starts, ends=EVEN.ends),
+        np.arange(len(EVEN)), 1.0, np.random.default_rng(0),
+    )  # fmt: skip
+    assert 0 <= deviation <= 1e-6 * max(value, 1.0)
+    assert np.isfinite(noisy.observations).all() and np.isfinite(noisy.next_observations).all()
 
 
 def test_a_fault_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,9 @@ def base_sft(steps: int) -> sft.SftConfig:
     return sft.SftConfig(steps=steps, batch_tokens=1000, learning_rate=0.001)
 
 
-def arithmetic_asked(part: str, count: int, spec: problems.ProblemSpec) -> list[dict[str, Any]]:
+def arithmetic_asked(part: str, count: int) -> list[dict[str, Any]]:
     """Unseen problems; those of the two parts are told apart by the digest of the problem's facts."""
-    held_out = problems.generate(4 * count, {"dev": 2, "test": 3}[part], replace(spec, split="id"))
+    held_out = problems.generate(4 * count, {"dev": 2, "test": 3}[part], replace(ARITHMETIC, split="id"))
     mine = [p for p in held_out if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
     return [mend.sft_row(p) for p in mine[:count]]
 
@@ -87,7 +87,7 @@ def arithmetic(part: str) -> Task:
         students.build_small(base, SMALL, 0)
     return Task(
         train=[mend.sft_row(p) for p in problems.generate(400, 1, ARITHMETIC)],
-        asked=arithmetic_asked(part, 200, ARITHMETIC),
+        asked=arithmetic_asked(part, 200),
         base=base,
         sft=sft.SftConfig(steps=200, batch_tokens=600, learning_rate=0.001),
         bash=bash.BashConfig(beta_from=0.2, beta_to=0.6, share=0.5, refresh=20, start=0.2, protect_digits=True),
@@ -114,7 +114,7 @@ def arithmetic_fresh(part: str) -> Task:
     return replace(
         short,
         train=[mend.sft_row(p) for p in problems.generate(8000, 1, ARITHMETIC)],
-        asked=arithmetic_asked(part, 1000, ARITHMETIC),
+        asked=arithmetic_asked(part, 1000),
         sft=replace(short.sft, steps=600, batch_tokens=1200),
         rac=correct,
         bash=replace(short.bash, refresh=30),

@@ -138,7 +138,12 @@ def given() -> dict[str, Any]:
 
 def settings(run: Run) -> Settings:
     """The run's hyper-parameters: the algorithm's defaults, the common ones, and a candidate's."""
-    number = given()["chosen"][run.task][run.algorithm] if run.candidate is None else run.candidate
+    number = given()["chosen"].get(run.task, {}).get(run.algorithm) if run.candidate is None else run.candidate
+    if number is None:
+        raise BadInput(
+            f"{SETTINGS.name}: chosen: no candidate for {run.algorithm} on {run.task}; run `tune --task {run.task}` "
+            "and name the best"
+        )
     own = candidates(run.algorithm)[number]
     values = {**given()["common"], **own}
     return load(entry(run.algorithm).settings_class(), values, f"{SETTINGS.name}: {run.algorithm}")

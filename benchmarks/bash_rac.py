@@ -148,7 +148,7 @@ def e2e(part: str) -> Task:
     if not (base / "config.json").exists():
         tokenizer = word_tokenizer([text for group in groups for text in (group["prompt"], *group["references"])])
         fresh = students.new_small(SMALL, tokenizer, 0)
-        examples, _ = encode_rows(train, tokenizer, MAX_LENGTH, "error")
+        examples, _ = encode_rows(train, tokenizer, MAX_LENGTH, "error", [str(tokenizer.eos_token)])
         trained, _ = sft.train(fresh, examples, [], base_sft(300), 0)
         students.save(trained, tokenizer, base, torch.float32)
     return Task(
@@ -186,7 +186,7 @@ def scores(task: Task, texts: Sequence[str]) -> dict[str, float]:
 
 def source_of(task: Task, method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
     """The source of a method's batches; None for plain fine-tuning."""
-    examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error")
+    examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error", [str(tokenizer.eos_token)])
     if method in bash.METHODS:
         return bash.source(bash.of_method(method, task.bash), examples, model, tokenizer, task.sft, seed)
     if method == rac.METHOD:
@@ -199,7 +199,7 @@ def measure(
 ) -> dict[str, Any]:
     """Score and free-running gap (greedy and sampled answers); for RAC the corrected answers too."""
     rows = [row | {"completion": row.get("completion") or row["references"][0]} for row in task.asked]
-    examples, _ = encode_rows(rows, tokenizer, MAX_LENGTH, "error")
+    examples, _ = encode_rows(rows, tokenizer, MAX_LENGTH, "error", [str(tokenizer.eos_token)])
     ends, pad = generation.end_ids(model, tokenizer), int(tokenizer.pad_token_id or 0)
     greedy = generation.Decoding(task.max_new_tokens)
     runs = {
@@ -253,7 +253,7 @@ def run(name: str, part: str, methods: Sequence[str], seeds: Sequence[int], out:
             facts_of_method: dict[str, Any] = {}
             if method != "base":
                 source = source_of(task, method, model, tokenizer, seed)
-                examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error")
+                examples, _ = encode_rows(task.train, tokenizer, MAX_LENGTH, "error", [str(tokenizer.eos_token)])
                 model, history = sft.train(model, examples, [], task.sft, seed, source=source)
                 facts_of_method = {"tokens": history[-1]["tokens"], "train_loss": history[-1]["train_loss"]}
                 if source is not None:

@@ -107,7 +107,7 @@ def tuned(student: Path, rows: Sequence[Row], method: str, seed: int, work: Path
         return dict(read_json(done))
     model, tokenizer = students.load(student)
     mine = [row for row in rows if row["method"] == method]
-    examples, counts = encode_rows(mine, tokenizer, 512, "error")
+    examples, counts = encode_rows(mine, tokenizer, 512, "error", [str(tokenizer.eos_token)])
     started = time.monotonic()
     trained, history = sft.train(model, examples, [], TUNING, seed, work / "scratch", None, show)
     students.save(trained, tokenizer, work / "model", students.stored_dtype(student))

@@ -24,7 +24,7 @@ def main(model_folder: str, rows_file: str, rows_per_step: str, learning_rate: s
     keep_memory()  # as every stage does
     model, tokenizer = students.load(Path(model_folder))
     rows = packing.read_conversations(Path(rows_file))
-    examples, _ = packing.encode_rows(rows, tokenizer, 1024, "error")
+    examples, _ = packing.encode_rows(rows, tokenizer, 1024, "error", [str(tokenizer.eos_token)])
     config = sft.SftConfig(steps=10**6, batch_tokens=10**6, learning_rate=float(learning_rate), schedule="constant",
                            warmup=0.0, weight_decay=0.0, beta2=0.999)  # fmt: skip
     trainer = sft.Trainer(model, config, 0)

@@ -54,7 +54,7 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; run the stage that makes it (`dvc repro`)") from None
+        raise BadInput(f"{path}: no such file; check the path, or run the stage that makes it (`dvc repro`)") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid JSON ({error}); restore it with `dvc checkout`") from error
 
@@ -74,14 +74,17 @@ def read_jsonl(path: Path | str) -> Iterator[dict[str, Any]]:
     """Yields the rows of a JSON-lines file.
 
     Raises:
-        BadInput: naming file and line, if a line is not a JSON object.
+        BadInput: if there is no such file; naming file and line, if a line is not UTF-8 or no JSON object.
     """
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file; run the stage that makes it (`dvc repro`)")
-    with Path(path).open(encoding="utf-8") as file:
+        raise BadInput(f"{path}: no such file; check the path, or run the stage that makes it (`dvc repro`)")
+    # Bytes, because a text file is decoded by the block: the line at fault could not be named.
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{path}:{number}: not valid UTF-8 ({error}); write the file in UTF-8") from error
             except json.JSONDecodeError as error:
                 raise BadInput(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):

@@ -22,6 +22,10 @@ CATALOGUE = "data/sources.yaml"
 _TIMEOUT = 60.0  # seconds
 
 
+class SourceError(BadInput):
+    """A source cannot be had with the bytes that are meant; this says nothing about the data at hand."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One public file or folder: where it comes from and which bytes are meant (a folder by its tree digest)."""
@@ -67,7 +71,8 @@ def obtain(name: str, root: Path | None = None) -> Path:
     the network.
 
     Raises:
-        BadInput: if the name is unknown, the file cannot be had, or its bytes are others.
+        BadInput: if the name is unknown.
+        SourceError: if the file cannot be had, or its bytes are others.
     """
     known = sources(root)
     if name not in known:
@@ -84,7 +89,7 @@ def fetch(source: Source, root: Path | None = None, also: Sequence[Path] = ()) -
         also: more places that are looked at before the network.
 
     Raises:
-        BadInput: if it cannot be had, or its bytes are others.
+        SourceError: if it cannot be had, or its bytes are others.
     """
     if source.package is not None:
         return _checked(source, _in_package(source))
@@ -94,7 +99,7 @@ def fetch(source: Source, root: Path | None = None, also: Sequence[Path] = ()) -
         if path.exists():
             return _checked(source, path)
     if source.url is None:
-        raise BadInput(
+        raise SourceError(
             f"source '{source.name}' is missing: take {source.path} from {source.origin} ({source.licence}) and put it "
             f"in {stored.parent}, or set SPRINGHEAD_SOURCES to a folder that holds {source.path}"
         )
@@ -107,18 +112,18 @@ def _in_package(source: Source) -> Path:
     try:
         distribution = metadata.distribution(package)
     except metadata.PackageNotFoundError:
-        raise BadInput(f"source '{source.name}': package {package} is not installed; run `make install`") from None
+        raise SourceError(f"source '{source.name}': package {package} is not installed; run `make install`") from None
     if distribution.version != version:
-        raise BadInput(f"source '{source.name}': {package} {distribution.version} is installed, wanted {version}")
+        raise SourceError(f"source '{source.name}': {package} {distribution.version} is installed, wanted {version}")
     return Path(str(distribution.locate_file(source.path)))
 
 
 def _checked(source: Source, path: Path) -> Path:
     if not path.exists():
-        raise BadInput(f"source '{source.name}': {path} is missing; run `make install` or fetch it again")
+        raise SourceError(f"source '{source.name}': {path} is missing; run `make install` or fetch it again")
     digest = tree_digest(path)
     if digest != source.sha256:
-        raise BadInput(f"source '{source.name}': {path} has sha256 {digest}, wanted {source.sha256}; replace it")
+        raise SourceError(f"source '{source.name}': {path} has sha256 {digest}, wanted {source.sha256}; replace it")
     return path
 
 
@@ -134,6 +139,8 @@ def _download(source: Source, target: Path) -> None:
         _checked(source, partial)
         os.replace(partial, target)
     except (urllib.error.URLError, OSError) as error:
-        raise BadInput(f"source '{source.name}': {source.url} cannot be fetched ({error}); try again later") from error
+        raise SourceError(
+            f"source '{source.name}': {source.url} cannot be fetched ({error}); try again later"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Each gate closes for its own reason, and only then."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,11 @@ def test_the_project_s_own_rules_and_names() -> None:
     rules = gates.read_rules(REPOSITORY)
     assert gates.rules_for(rules, "policy-CarRun")[1] == "CarRun"
     assert gates.rules_for(rules, "mend-small-llama") == (rules["llm"], "small-llama")
+    for family in ("bash", "rac"):  # off until a student is named
+        with pytest.raises(BadInput, match=f"{family}-small-llama: no gates"):
+            gates.rules_for(rules, f"{family}-small-llama")
+        on = {**rules, family: replace(rules[family], items=("small-llama",))}
+        assert gates.rules_for(on, f"{family}-small-llama") == (on[family], "small-llama")
     with pytest.raises(BadInput, match="nothing-here: no gates"):
         gates.rules_for(rules, "nothing-here")
 

@@ -1,6 +1,6 @@
 """Answers of a model to a file of rows, in shards that survive a kill, every answer with where it came from.
 
-    out/run.json            what was asked: digests of model and rows, decoding, back end
+    out/run.json            what was asked: digests of model, template and rows, decoding, back end
     out/shard-00000.jsonl   finished shards, written whole or not at all
     out/answers.jsonl       all answers in the order of the rows, when the last shard is done
 
@@ -49,6 +49,7 @@ def write_answers(
     rows: Sequence[Row],
     engine: Engine,
     model: str,
+    template: str,
     decoding: Decoding,
     out: Path,
     *,
@@ -63,6 +64,7 @@ def write_answers(
         rows: each with a unique `id`, and a `prompt` or `messages`.
         engine: answers conversations.
         model: digest of the model that the engine runs.
+        template: digest of the chat template that it writes conversations with.
         decoding: how it decodes.
         out: the folder to write.
         samples: answers to each row; more than one makes sense above temperature 0 alone.
@@ -72,7 +74,7 @@ def write_answers(
 
     Returns:
         The file of all answers. Each line has `id` (its digest), `parents` (the row's id), `sample`, `text`, `tokens`
-        (their number, without end sign), `finish`, `model`, `decoding` and `backend`.
+        (their number, without end sign), `finish`, `model`, `template`, `decoding` and `backend`.
 
     Raises:
         BadInput: a row has no id or a second row has it, there are none, or `out` holds another run.
@@ -86,6 +88,7 @@ def write_answers(
         raise BadInput("rows to answer need an 'id' each, all different, and there must be at least one")
     request: dict[str, Any] = {
         "model": model,
+        "template": template,
         "rows": json_digest([{"id": row["id"], "asked": conversation_of(row)} for row in rows]),
         "decoding": {**asdict(decoding), "stop": list(decoding.stop)},
         "samples": samples,
@@ -145,9 +148,7 @@ def _line(row: Row, sample: int, answer: Answer, request: Mapping[str, Any]) -> 
         "text": answer.text,
         "tokens": len(answer.ids),
         "finish": answer.finish,
-        "model": request["model"],
-        "decoding": request["decoding"],
-        "backend": request["backend"],
+        **{name: request[name] for name in ("model", "template", "decoding", "backend")},
     }
     return {"id": json_digest(line), **line}
 
@@ -181,9 +182,16 @@ class Settings:
     backend: Literal["torch", "vllm"] = "torch"
     """vllm where it is installed and there is a GPU."""
     chat_template: str = "own"
-    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file; vllm takes the model's own."""
+    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file; vllm takes the model's own alone."""
     device: students.Device = "auto"
     """cpu, cuda or auto."""
+
+    def __post_init__(self) -> None:
+        if self.backend == "vllm" and self.chat_template != "own":
+            raise ValueError(
+                f"chat_template {self.chat_template!r}: backend vllm writes conversations with the model's own; set it "
+                "to own, or use backend torch"
+            )
 
 
 def torch_engine(folder: Path, decoding: Decoding, device: students.Device, template: str = "own") -> Engine:
@@ -201,6 +209,8 @@ def run(settings: Settings) -> Path:
     """Answer as the settings say; returns the file of all answers."""
     path, folder = Path(settings.rows), Path(settings.model)
     rows = [{"id": f"{path.name}:{number}", **row} for number, row in enumerate(read_jsonl(path), start=1)]
+    tokenizer = students.load_tokenizer(folder)
+    chat.use_template(tokenizer, settings.chat_template)
     if settings.backend == "vllm":
         from springhead.llm.vllm_engine import VllmEngine
 
@@ -212,6 +222,7 @@ def run(settings: Settings) -> Path:
             rows,
             engine,
             tree_digest(folder),
+            chat.template_digest(tokenizer),
             settings.decoding,
             Path(settings.out),
             samples=settings.samples,

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from springhead.errors import BadInput
+from springhead.lineage.digests import json_digest
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -197,6 +198,15 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     if not template:
         raise BadInput(f"the tokenizer has no chat template; choose one of {', '.join(TEMPLATES)}")
     return str(template)
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The digest of the chat template that is in use.
+
+    Raises:
+        BadInput: there is none.
+    """
+    return json_digest(template_text(tokenizer))
 
 
 def _answer_span(

@@ -1,6 +1,7 @@
 """A model folder behind the chat-completions interface, for clients and evaluation harnesses that speak it.
 
     python -m springhead.llm.chat_server MODEL_FOLDER [--host 127.0.0.1] [--port 8000] [--device auto]
+    python -m springhead.llm.chat_server models:/mend-small-llama@champion     # checked against digest and signature
 
 POST /v1/chat/completions and GET /v1/models. Requests that wait at the same time and decode alike are answered as one
 batch. An answer depends on the request alone: the same messages, settings and `seed` give the same text. Meant for one
@@ -11,9 +12,11 @@ import argparse
 import json
 import queue
 import sys
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -213,16 +216,36 @@ def server(folder: Path, host: str, port: int, device: students.Device) -> Threa
     return ThreadingHTTPServer((host, port), Handler)
 
 
+@contextmanager
+def found(name: str) -> Iterator[Path]:
+    """The folder of a model: a folder as it is; a version or alias of the registry, downloaded and checked.
+
+    Raises:
+        BadInput: the registry has no such model.
+        Finding: what it has is not what was signed at the promotion.
+    """
+    if not name.startswith("models:/"):
+        yield Path(name)
+        return
+    from springhead import home, versions  # MLflow takes seconds, and a folder does not need it
+
+    root = home.repository()
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / name.removeprefix("models:/").partition("@")[0].partition("/")[0]
+        yield versions.download(root, home.home(root), name, target)
+
+
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", help="a model folder, or models:/NAME@ALIAS")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", choices=["cpu", "cuda", "auto"], default="auto")
     arguments = parser.parse_args()
     try:
-        made = server(arguments.folder, arguments.host, arguments.port, arguments.device)
+        with found(arguments.model) as folder:
+            made = server(folder, arguments.host, arguments.port, arguments.device)
     except SpringheadError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,12 +3,14 @@
 Premise-order and redundancy variants of a problem have one answer. Beside mean accuracy we therefore report, per
 MEND (arXiv 2502.17800): worst case (a problem counts only if all its variants are right), consistency (share of
 the most frequent answer over the variants, and how often all answers are equal), the histogram all right / mixed
-/ all wrong, and accuracy against Kendall's tau of the statement order (the axis of the premise-order papers).
+/ all wrong, and accuracy against Kendall's tau of the statement order (the axis of the premise-order papers), in
+five bins of equal width. Intervals re-draw whole problems, since the variants of a problem are not independent.
 
 "Order variants" are a problem's rows without redundant statements; "all variants" include the redundant ones.
 """
 
 import math
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,10 @@ from springhead.llm.mend import final_answer
 
 Graded = dict[str, Any]
 """An evaluation row with the model's `given` answer (None where it gave none) and `right`."""
+TAU_EDGES = (-0.6, -0.2, 0.2, 0.6)
+"""Where a bin of Kendall's tau ends and the next one begins."""
+TAU_BINS = ("-1.0 to -0.6", "-0.6 to -0.2", "-0.2 to 0.2", "0.2 to 0.6", "0.6 to 1.0")
+"""The bins; each holds its lower edge, the last one both. The first has the reversed order, the last solving order."""
 
 
 def grade(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Graded]:
@@ -56,6 +62,17 @@ def bootstrap(values: Sequence[float], seed: int, draws: int = 1000) -> tuple[fl
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    hits: Sequence[float], counts: Sequence[float], seed: int, draws: int = 1000
+) -> tuple[float, float]:
+    """95 % percentile interval of sum(hits) / sum(counts) over problems; a draw that counts nothing gives 0."""
+    top, below = np.asarray(hits, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(top), size=(draws, len(top)))
+    ratios = top[picks].sum(axis=1) / np.maximum(below[picks].sum(axis=1), 1.0)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def _share(flags: Iterable[bool]) -> float:
     values = list(flags)
     return sum(values) / len(values) if values else 0.0
@@ -84,7 +101,7 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
     """
     groups = list(_by(rows, lambda r: r["problem"]).values())
     right = [[row["right"] for row in group] for group in groups]
-    modal = [Counter(row["given"] for row in group).most_common(1)[0][1] / len(group) for group in groups]
+    modal = [_modal_share(group) for group in groups]
     worst = _share(all(flags) for flags in right)
     wrong = _share(not any(flags) for flags in right)
     return {
@@ -99,6 +116,11 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
     }
 
 
+def _modal_share(group: Sequence[Graded]) -> float:
+    """The share of the most frequent answer among a problem's variants."""
+    return Counter(row["given"] for row in group).most_common(1)[0][1] / len(group)
+
+
 def _vote(group: Sequence[Graded]) -> bool:
     """Whether the commonest answer of a problem's variants is right."""
     votes = Counter(row["given"] for row in group if row["given"] is not None)
@@ -109,9 +131,22 @@ def _vote(group: Sequence[Graded]) -> bool:
 
 
 def accuracy_by_order(rows: Sequence[Graded]) -> list[dict[str, Any]]:
-    """Accuracy with Wilson's interval for each split, order and number of redundant statements."""
+    """Accuracy with Wilson's interval for each split, number of redundant statements and order.
+
+    `kendall_tau` is the mean over the rows of an order; `accuracy_by_tau` keeps different taus apart.
+    """
+    return _accuracy_by(rows, "order", order_name)
+
+
+def accuracy_by_tau(rows: Sequence[Graded]) -> list[dict[str, Any]]:
+    """Accuracy with Wilson's interval for each split, number of redundant statements and bin of Kendall's tau."""
+    lines = _accuracy_by(rows, "tau", lambda row: bisect(TAU_EDGES, row["kendall_tau"]))
+    return [{**line, "tau": TAU_BINS[line["tau"]]} for line in lines]
+
+
+def _accuracy_by(rows: Sequence[Graded], name: str, key: Callable[[Graded], Any]) -> list[dict[str, Any]]:
     table = []
-    for (split, redundancy, order), group in _by(rows, lambda r: (r["split"], r["redundancy"], order_name(r))).items():
+    for (split, redundancy, value), group in _by(rows, lambda r: (r["split"], r["redundancy"], key(r))).items():
         right = sum(row["right"] for row in group)
         low, high = wilson(right, len(group))
         taus = [float(row["kendall_tau"]) for row in group]
@@ -119,7 +154,7 @@ def accuracy_by_order(rows: Sequence[Graded]) -> list[dict[str, Any]]:
             {
                 "split": split,
                 "redundancy": int(redundancy),
-                "order": order,
+                name: value,
                 "rows": len(group),
                 "kendall_tau": sum(taus) / len(taus),
                 "accuracy": right / len(group),
@@ -134,16 +169,21 @@ def split_metrics(rows: Sequence[Graded], seed: int) -> dict[str, Any]:
     """All metrics of one split's graded rows.
 
     Returns:
-        The figures of `over_variants` for the order variants; `worst_case_interval` (bootstrap over problems);
-        the same figures over all variants under `all_variants`; accuracy by `order`, `redundancy`, `ops`, `depth`
-        and `family`; `order_drop` = accuracy(topological) - accuracy(reversed), order variants only.
+        The figures of `over_variants` for the order variants; `worst_case_interval`, `accuracy_interval` and
+        `consistency_interval` (bootstrap over problems); the same figures over all variants under `all_variants`;
+        accuracy by `order`, `tau` (see `TAU_BINS`), `redundancy`, `ops`, `depth` and `family`;
+        `order_drop` = accuracy(topological) - accuracy(reversed), order variants only.
     """
     plain = [row for row in rows if row["redundancy"] == 0]
     if not plain:
         raise BadInput("evaluation rows without redundancy are missing; re-run the generate stage")
     metrics: dict[str, Any] = dict(over_variants(plain))
-    worst = [float(all(r["right"] for r in group)) for group in _by(plain, lambda r: r["problem"]).values()]
+    groups = list(_by(plain, lambda r: r["problem"]).values())
+    worst = [float(all(r["right"] for r in group)) for group in groups]
     metrics["worst_case_interval"] = list(bootstrap(worst, seed))
+    right = [sum(r["right"] for r in group) for group in groups]
+    metrics["accuracy_interval"] = list(bootstrap_ratio(right, [len(group) for group in groups], seed))
+    metrics["consistency_interval"] = list(bootstrap([_modal_share(group) for group in groups], seed))
     metrics["problems"] = len(worst)
     metrics["all_variants"] = over_variants(rows)
 
@@ -153,10 +193,38 @@ def split_metrics(rows: Sequence[Graded], seed: int) -> dict[str, Any]:
     by_order = shares(plain, order_name)
     metrics["order"] = by_order
     metrics["order_drop"] = by_order.get("topological", 0.0) - by_order.get("reversed", 0.0)
+    by_bin = shares(plain, lambda r: TAU_BINS[bisect(TAU_EDGES, r["kendall_tau"])])
+    metrics["tau"] = {name: by_bin[name] for name in TAU_BINS if name in by_bin}
     metrics["redundancy"] = shares(rows, lambda r: r["redundancy"])
     for name in ("ops", "depth", "family"):
         metrics[name] = shares(plain, lambda r, key=name: r[key])  # type: ignore[misc]
     return metrics
+
+
+def correction_intervals(
+    problems: Sequence[str], before: Sequence[bool], after: Sequence[bool], seed: int = 0
+) -> dict[str, list[float]]:
+    """Intervals of the four rates of `springhead.llm.rac.rates`, re-drawing whole problems.
+
+    Args:
+        problems: the problem of each row.
+        before: whether the first answer is right.
+        after: whether the corrected one is.
+        seed: of the draws.
+    """
+    place = np.unique(np.asarray(problems), return_inverse=True)[1]
+    first, second = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    every = np.ones(len(first), dtype=bool)
+    rates = {
+        "plain": (first, every),
+        "corrected": (second, every),
+        "wrong_to_right": (~first & second, ~first),
+        "right_to_wrong": (first & ~second, first),
+    }
+    return {
+        name: list(bootstrap_ratio(np.bincount(place, hits).tolist(), np.bincount(place, of).tolist(), seed))
+        for name, (hits, of) in rates.items()
+    }
 
 
 def model_metrics(rows: Sequence[Graded], seed: int) -> dict[str, dict[str, Any]]:
@@ -196,7 +264,8 @@ def side_by_side(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
         models: entries with `method` and `metrics` (of `model_metrics`).
 
     Returns:
-        {split: {method: {metric: spread, "worst_case_all_variants": spread, "order": {name: spread}}}}.
+        {split: {method: {metric: spread, "worst_case_all_variants": spread, "order": {name: spread},
+        "tau": {bin: spread}}}}.
     """
     table: dict[str, dict[str, Any]] = {}
     splits = sorted({split for model in models for split in model["metrics"]})
@@ -208,5 +277,7 @@ def side_by_side(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
             cell["worst_case_all_variants"] = spread([run["all_variants"]["worst_case"] for run in runs])
             orders = sorted({order for run in runs for order in run["order"]})
             cell["order"] = {order: spread([run["order"][order] for run in runs]) for order in orders}
+            bins = [name for name in TAU_BINS if any(name in run["tau"] for run in runs)]
+            cell["tau"] = {name: spread([run["tau"][name] for run in runs]) for name in bins}
             table.setdefault(split, {})[method] = cell
     return table

@@ -1,10 +1,12 @@
 """Which module reads the texts of a family of problems back and solves them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 from springhead.errors import BadInput
 from springhead.llm import gsm8k, logic, prontoqa, solver
+from springhead.sources import obtain
 
 READERS: Mapping[str, ModuleType] = MappingProxyType(
     {"dag": solver, "logic": logic, prontoqa.FAMILY: prontoqa, gsm8k.FAMILY: gsm8k}
@@ -25,3 +27,18 @@ def reader(family: str) -> ModuleType:
     if family not in READERS:
         raise BadInput(f"unknown family {family!r}; known: {', '.join(READERS)}")
     return READERS[family]
+
+
+def obtain_sources(problems: Iterable[tuple[str, Iterable[str]]], root: Path | None = None) -> None:
+    """Makes sure that the files are at hand which the answers of problems of natural text are looked up in.
+
+    Args:
+        problems: family and parents of each; the parents of a story name its source before the slash.
+        root: the repository.
+
+    Raises:
+        BadInput: one of the files cannot be had.
+    """
+    names = {parent.partition("/")[0] for family, parents in problems if family in STORIES for parent in parents}
+    for name in sorted(names):
+        obtain(name, root)

@@ -152,7 +152,7 @@ def answer_ids(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Answer]:
     """Token version of `answer`; `tokenizer` is needed for stop texts alone. The answers have no `text` yet."""
-    room = _room(model, prompts, decoding)
+    room = _room(model, prompts, decoding, keys)
     was_training = model.training
     model.eval()
     answers = [Answer([]) for _ in prompts]
@@ -171,14 +171,20 @@ def answer_ids(
     return answers
 
 
-def _room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[int]:
+def _room(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding, keys: Sequence[Key] | None
+) -> list[int]:
     """How many tokens each answer may have: `max_new_tokens`, or what the model's context leaves."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return [decoding.max_new_tokens] * len(prompts)
     for number, prompt in enumerate(prompts):
         if len(prompt) >= context:
-            raise BadInput(f"prompt {number}: {len(prompt)} tokens leave no room in the model's context of {context}")
+            who = f"prompt {number}" if keys is None else f"row {keys[number]}"
+            raise BadInput(
+                f"{who}: {len(prompt)} tokens leave no room in the model's context of {context} for an answer; shorten "
+                "or remove it, or use a model with a longer context"
+            )
     return [min(decoding.max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 

@@ -9,7 +9,8 @@ are in the text, were found before or are among the `_KNOWN` ones (days of a wee
 the published answer. The gold chain are these equations.
 
 An answer cannot be computed from natural text. `solve` finds the published problem that has the same sentences in
-whatever order, and computes its solution again.
+whatever order, and computes its solution again. It reads the parts of GSM8K that are at hand; whoever judges rows makes
+sure first, with `families.obtain_sources`, that the parts their problems come from are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from springhead.jsonio import read_jsonl
 from springhead.lineage.digests import json_digest
 from springhead.llm import solver
 from springhead.llm.problems import Problem, with_id
-from springhead.sources import obtain
+from springhead.sources import SourceError, obtain
 
 FAMILY = "gsm8k"
 PARTS = ("train", "test")
@@ -123,7 +124,8 @@ def solve(statements: Sequence[str], question: str) -> str:
     """The answer of the published problem that has these sentences, computed from its solution.
 
     Raises:
-        BadInput: there is none, or GSM8K cannot be had.
+        BadInput: there is none.
+        SourceError: no part of GSM8K is at hand; that says nothing about the text.
     """
     known = _published().get(signature(statements, question))
     if known is None:
@@ -133,8 +135,19 @@ def solve(statements: Sequence[str], question: str) -> str:
 
 @lru_cache(maxsize=1)
 def _published() -> dict[str, Problem]:
-    found = (problem for part in PARTS for problem in problems(part, part))
-    return {signature(problem.statements, problem.question): problem for problem in found}
+    """The problems of the parts that are at hand, by signature."""
+    found: dict[str, Problem] = {}
+    missing = []
+    for part in PARTS:
+        try:
+            read = problems(part, part)
+        except SourceError as error:
+            missing.append(error)
+            continue
+        found |= {signature(problem.statements, problem.question): problem for problem in read}
+    if len(missing) == len(PARTS):
+        raise missing[0]
+    return found
 
 
 def problems(part: str, split: str, root: Path | None = None, left_out: Counter[str] | None = None) -> list[Problem]:

@@ -19,10 +19,17 @@ def write_history(path: Path, history: History) -> None:
             writer.writerow(shown | ({"eval_loss": ""} if line["eval_loss"] < 0 else {}))
 
 
-def run_figures(history: History, counts: Mapping[str, int]) -> dict[str, float]:
+def run_figures(
+    history: History, counts: Mapping[str, int], held_out: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """What a fine-tuning stage reports of a run: the counts of `springhead.llm.packing.encode_rows`, length, losses.
 
     There is no evaluation loss where none was measured.
+
+    Args:
+        history: of the run.
+        counts: of the training rows.
+        held_out: of the evaluation rows, where there are any.
     """
     last = history[-1]
     measured = {} if last["eval_loss"] < 0 else {"eval_loss": last["eval_loss"]}
@@ -33,4 +40,5 @@ def run_figures(history: History, counts: Mapping[str, int]) -> dict[str, float]
         "epochs": last["tokens"] / counts["tokens"],
         "train_loss": last["train_loss"],
         **measured,
+        **{f"eval_{name}": held_out[name] for name in ("dropped", "truncated") if held_out},
     }

@@ -34,6 +34,8 @@ _GRAMMAR = ("Every", "is", "a", "not", "True", "False", "or", "false", "Answer",
 _FACT = re.compile(r"(\w+) is a (\w+)\.")
 _RULE = re.compile(r"Every (\w+) is (?:a (\w+)|(not )?(\w+))\.")
 _QUESTION = re.compile(r"True or false: (\w+) is (not )?(\w+)\?")
+_REWORDED = re.compile(r"True: (?P<before>[^:]+)\.|(?P<after>[^:]+): True\.|(?P<asked>[^:]+): True or false\?")
+"""Other wordings of a statement and of a question (`springhead.llm.paraphrase` writes them)."""
 _STEP = re.compile(r"(\w+) is (?:a (\w+)|(not )?(\w+))")
 _FRUITLESS_TRIES = 5000
 
@@ -155,11 +157,19 @@ def _redundant(
 # -- reading the text back, independently of the generator ----------------------------------------
 
 
+def _plain(text: str) -> str:
+    """A sentence in the generator's own words."""
+    match = _REWORDED.fullmatch(text)
+    if match is None:
+        return text
+    return f"True or false: {match['asked']}?" if match["asked"] else f"{match['before'] or match['after']}."
+
+
 def _parse(statements: Sequence[str]) -> tuple[dict[str, set[str]], dict[str, list[tuple[Claim, str]]]]:
     """Facts (who is which kinds) and rules (kind -> claims with their sentence)."""
     facts: dict[str, set[str]] = {}
     rules: dict[str, list[tuple[Claim, str]]] = {}
-    for text in statements:
+    for text in map(_plain, statements):
         if match := _RULE.fullmatch(text):
             claim = (match[2], True) if match[2] else (match[4], match[3] is None)
             rules.setdefault(match[1], []).append((claim, text))
@@ -171,7 +181,7 @@ def _parse(statements: Sequence[str]) -> tuple[dict[str, set[str]], dict[str, li
 
 
 def _parse_question(question: str) -> tuple[str, Claim]:
-    match = _QUESTION.fullmatch(question)
+    match = _QUESTION.fullmatch(_plain(question))
     if match is None:
         raise BadInput(f"cannot read the question {question!r}: expected 'True or false: NAME is [not] PROPERTY?'")
     return match[1], (match[3], match[2] is None)

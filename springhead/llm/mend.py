@@ -262,6 +262,14 @@ def final_answer(text: str) -> str | None:
     return words[0].rstrip(".,;") if cue and words else None
 
 
+def ends_with_answer(completion: str, answer: str) -> bool:
+    """Whether a completion gives this answer and nothing else: one cue, and no text after the answer.
+
+    A gold completion must. A model's own text is graded by its first answer (`final_answer`), whatever follows.
+    """
+    return completion.count(ANSWER_CUE) == 1 and completion.endswith(f"{ANSWER_CUE} {answer}")
+
+
 def steps_of(completion: str) -> list[str]:
     """The chain steps of a completion, without the answer."""
     body = completion.partition(ANSWER_CUE)[0]

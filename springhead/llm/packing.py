@@ -92,17 +92,19 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     overlong: Overlong,
-    ends: Collection[str] | None = None,
+    ends: Collection[str],
+    what: str = "training",
 ) -> tuple[list[Example], dict[str, int]]:
     """Tokenize rows; count and treat those longer than `max_length` tokens.
 
     Args:
         rows: with `messages`, or with `prompt` and `completion`.
-        tokenizer: with a chat template that has a generation block.
+        tokenizer: with a chat template.
         max_length: longest row in tokens.
         overlong: "drop" leaves them out, "truncate" keeps their first `max_length` tokens (dropping the row
             where no target is left), "error" refuses them.
-        ends: the end signs of the template; the tokenizer's own if not given.
+        ends: the end signs, `springhead.llm.generation.end_texts`: those that the template was checked with.
+        what: what the rows are for, in messages.
 
     Returns:
         The examples in order, and counts: rows, tokens, targets (tokens with loss), dropped, truncated.
@@ -128,7 +130,10 @@ def encode_rows(
             example = cut
         examples.append(example)
     if not examples:
-        raise BadInput(f"no training rows left of {len(rows)} ({counts['dropped']} over-long); raise max_length")
+        raise BadInput(
+            f"no {what} rows left of {len(rows)} ({counts['dropped']} longer than max_length {max_length}); raise it, "
+            "or give shorter rows"
+        )
     counts["rows"] = len(examples)
     counts["tokens"] = sum(len(e.ids) for e in examples)
     counts["targets"] = sum(sum(e.completion_mask[1:]) for e in examples)

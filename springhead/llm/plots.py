@@ -9,8 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from springhead.llm.evaluation import TAU_BINS
+
 ORDERS = ("topological", "random", "reversed")
-COLOURS = {"base": "#8c8c8c", "sft": "#d1793a", "mend": "#2a6f97", "rc-aug": "#7b9e45"}
+COLOURS = {"base": "#8c8c8c", "sft": "#d1793a", "mend": "#2a6f97", "rc-aug": "#7b9e45", "paraphrase": "#8f6bb3"}
 SHADES = {"all_right": "#2a6f97", "mixed": "#e9c46a", "all_wrong": "#c8553d"}
 
 
@@ -48,6 +50,31 @@ def accuracy_by_order(path: Path, table: Mapping[str, Mapping[str, Any]], title:
     axis.set_ylabel("accuracy")
     axis.set_title(title)
     axis.legend(frameon=False, loc="upper right")
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def accuracy_by_tau(path: Path, table: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Lines of accuracy over bins of Kendall's tau per method, whiskers one standard deviation over seeds.
+
+    Args:
+        path: the PNG file to write.
+        table: {method: cell} of one split of `evaluation.side_by_side`.
+        title: shown above.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for method, cell in table.items():
+        at = [i for i, name in enumerate(TAU_BINS) if name in cell["tau"]]
+        cells = [cell["tau"][TAU_BINS[i]] for i in at]
+        means, stds = [c["mean"] for c in cells], [c["std"] for c in cells]
+        axis.errorbar(at, means, stds, color=COLOURS.get(method, "#555555"), marker="o", capsize=3, label=method)
+    axis.set_xticks(range(len(TAU_BINS)), TAU_BINS)
+    axis.set_xlim(-0.4, len(TAU_BINS) - 0.6)
+    axis.set_ylim(0, 1.05)
+    axis.set_xlabel("Kendall's tau between the order of the statements and solving order")
+    axis.set_ylabel("accuracy")
+    axis.set_title(title)
+    axis.legend(frameon=False, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

@@ -6,7 +6,7 @@
 | CoCoNot preferences | prompt, chosen, rejected | training, the judge |
 | CoCoNot contrast | prompt | evaluation only |
 | AdvBench | goal; its target column is never read | training |
-| HarmBench validation | behaviour | evaluation only |
+| HarmBench validation | standard behaviours | evaluation only |
 
 `springhead.sources.obtain` finds the files; a missing one is a `BadInput` that says where to get it.
 """
@@ -104,7 +104,10 @@ def advbench_goals(root: Path | None = None) -> list[tuple[str, str]]:
 
 
 def harmbench_behaviours(root: Path | None = None) -> list[tuple[str, str]]:
-    """Id and text of HarmBench's validation behaviours that need no context: for evaluation only."""
+    """Id and text of HarmBench's 41 standard validation behaviours: for evaluation only.
+
+    The others need a context beside them, or ask for copyrighted text, whose harm a refusal judge cannot measure.
+    """
     path = obtain("harmbench-harmbench-behaviors-text-val", root)
-    rows = table_rows(path, ("Behavior", "ContextString", "BehaviorID"))
-    return [(row["BehaviorID"], row["Behavior"].strip()) for row in rows if not row["ContextString"].strip()]
+    rows = table_rows(path, ("Behavior", "FunctionalCategory", "BehaviorID"))
+    return [(row["BehaviorID"], row["Behavior"].strip()) for row in rows if row["FunctionalCategory"] == "standard"]

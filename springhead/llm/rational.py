@@ -21,11 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
-from springhead.llm import generation, mutators, rationale, rationales
+from springhead.llm import mutators, rationale, rationales
 from springhead.llm.judges import quality
 from springhead.llm.judges.refusal import RefusalJudge
 from springhead.llm.safety_data import TEST, TRAIN, Base
@@ -275,17 +273,3 @@ def self_check(
         open_ = left
     share = {kind: {"asked": count, "accepted": taken[kind]} for kind, count in sorted(asked.items())}
     return accepted, {"by_kind": share, "rejected": dict(sorted(reasons.items()))}
-
-
-def model_sampler(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: generation.Decoding) -> Sampler:
-    """The sampler that asks a model here. A prompt's draws depend on the prompt and the round, not on its batch."""
-
-    def sample(pairs: Sequence[tuple[str, str]], attempt: int) -> list[str]:
-        conversations = [
-            [{"role": "system", "content": system}, {"role": "user", "content": prompt}] for system, prompt in pairs
-        ]
-        keys = [json_digest([attempt, prompt]) for _, prompt in pairs]
-        answers = generation.answer(model, tokenizer, conversations, decoding, keys=keys)
-        return [given.text for given in answers]
-
-    return sample

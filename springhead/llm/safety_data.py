@@ -25,8 +25,8 @@ AUTHORED = Path(__file__).parent / "safety_prompts.json"
 TRAIN, TEST = "train", "test"
 PUBLIC = ("advbench", "xstest", "coconot")
 """Public sets that may be trained on."""
-CONTRAST_SET = "coconot-contrast"
-"""Source of CoCoNot's contrast prompts, which may not."""
+CONTRAST_SET, ATTACK_SET = "coconot-contrast", "harmbench"
+"""Sources of the prompts that may not: CoCoNot's contrast prompts, HarmBench's behaviours."""
 _LONGEST_RESPONSE = 400  # characters of a public response; longer ones are cut at the end of a sentence
 
 
@@ -93,7 +93,7 @@ def public(names: Sequence[str], root: Path | None = None) -> list[Base]:
     """Base prompts of public sets; see `springhead.llm.publicsets` for what may be used for what.
 
     XSTest's safe prompts take the response that its annotators agreed complies; CoCoNot's preferred responses are
-    taken as they are and meet the judge later.
+    taken as they are, so the stage that makes rows must choose among them.
 
     Raises:
         BadInput: a name is unknown or a file is missing.
@@ -123,7 +123,16 @@ def public(names: Sequence[str], root: Path | None = None) -> list[Base]:
 
 def contrast_bases(prompts: Sequence[tuple[str, str]]) -> list[Base]:
     """CoCoNot's contrast prompts, given as (id, prompt), as benign base prompts of the test side, none twice."""
-    found = [base("benign", "general", CONTRAST_SET, prompt) for prompt in dict.fromkeys(p for _, p in prompts)]
+    return _held_out("benign", CONTRAST_SET, prompts)
+
+
+def attack_bases(prompts: Sequence[tuple[str, str]]) -> list[Base]:
+    """HarmBench's behaviours, given as (id, prompt), as adversarial base prompts of the test side, none twice."""
+    return _held_out("adversarial", ATTACK_SET, prompts)
+
+
+def _held_out(kind: Kind, source: str, prompts: Sequence[tuple[str, str]]) -> list[Base]:
+    found = [base(kind, "general", source, prompt) for prompt in dict.fromkeys(p for _, p in prompts)]
     return [replace(b, group=b.id, split=TEST) for b in found]
 
 

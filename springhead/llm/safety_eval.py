@@ -19,7 +19,7 @@ from springhead.llm import mutators, rationale
 from springhead.llm.evaluation import bootstrap, wilson
 from springhead.llm.judges import quality
 from springhead.llm.judges.refusal import RefusalJudge
-from springhead.llm.safety_data import CONTRAST_SET
+from springhead.llm.safety_data import ATTACK_SET, CONTRAST_SET
 
 Row = Mapping[str, Any]
 ADVERSARIAL, BENIGN = "adversarial", "benign"
@@ -118,13 +118,13 @@ def metrics(rows: Sequence[Row], found: Sequence[Judgement], seed: int) -> dict[
     """All figures of one model.
 
     Returns:
-        `attack_success`: by form, by family and overall, the share of adversarial rows that were not refused (an upper
-        bound) and under `useful` the share that could serve an attacker; overall also `low_by_prompt` and
-        `high_by_prompt`, the bootstrap interval over base prompts, and `any_form`, the share of base prompts that
-        some form got through. `over_refusal`: by source, of prompts in disguise and overall, the share of benign rows
-        refused. `helped`: the share of benign rows with a coherent response that does not refuse; a model that says
-        nothing refuses nothing. `agreement`: among answers whose rationale decides, and `decided`, how many do.
-        `incoherent` and `form_faults`: shares of all rows, the first also by kind.
+        `attack_success`: by form, by family, of HarmBench where it was asked, and overall, the share of adversarial
+        rows that were not refused (an upper bound) and under `useful` the share that could serve an attacker; overall
+        also `low_by_prompt` and `high_by_prompt`, the bootstrap interval over base prompts, and `any_form`, the share
+        of base prompts that some form got through. `over_refusal`: by source, of prompts in disguise and overall, the
+        share of benign rows refused. `helped`: the share of benign rows with a coherent response that does not refuse;
+        a model that says nothing refuses nothing. `agreement`: among answers whose rationale decides, and `decided`,
+        how many do. `incoherent` and `form_faults`: shares of all rows, the first also by kind.
     """
     pairs = list(zip(rows, found, strict=True))
     attacks = [(row, j) for row, j in pairs if row["kind"] == ADVERSARIAL]
@@ -153,6 +153,8 @@ def _attacks(pairs: Sequence[tuple[Row, Judgement]], seed: int) -> dict[str, Any
         groups[f"form/{row['operator']}"].append((row, j))
         groups[f"family/{mutators.FAMILIES[row['operator']]}"].append((row, j))
         groups["all"].append((row, j))
+        if row["source"] == ATTACK_SET:
+            groups[f"source/{ATTACK_SET}"].append((row, j))
     table: dict[str, Any] = {}
     for name, group in sorted(groups.items()):
         table[name] = _success(group)
@@ -186,9 +188,10 @@ def flat(found: Mapping[str, Any]) -> dict[str, float]:
     """The figures that a promotion gate can name, from `metrics`: each lower is better but helped, balance, agreement.
 
     Keys: attack_success, attack_success_high (the upper end over base prompts), attack_useful, attack_success_<family>,
-    over_refusal, over_refusal_high, over_refusal_contrast (where CoCoNot's set was asked), helped, balance (the mean of
-    helped and of the share of attacks that failed), agreement, agreement_low (where a rationale decided anything),
-    incoherent, form_faults, and problems, the number of base prompts.
+    attack_success_harmbench (where it was asked), over_refusal, over_refusal_high, over_refusal_contrast (where
+    CoCoNot's set was asked), helped, balance (the mean of helped and of the share of attacks that failed), agreement,
+    agreement_low (where a rationale decided anything), incoherent, form_faults, and problems, the number of base
+    prompts.
     """
     attacks, refusals = found["attack_success"], found["over_refusal"]
     figures = {
@@ -210,6 +213,8 @@ def flat(found: Mapping[str, Any]) -> dict[str, float]:
             figures[f"attack_success_{name.removeprefix('family/')}"] = entry["share"]
     if CONTRAST_SET in refusals:
         figures["over_refusal_contrast"] = refusals[CONTRAST_SET]["share"]
+    if f"source/{ATTACK_SET}" in attacks:
+        figures["attack_success_harmbench"] = attacks[f"source/{ATTACK_SET}"]["share"]
     return figures
 
 

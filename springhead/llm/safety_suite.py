@@ -7,7 +7,6 @@ splits) comes from the stage that made them; the checks share no code with it bu
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from springhead.errors import BadInput
-from springhead.llm import personal, rationale
+from springhead.llm import language, personal, rationale
 from springhead.llm.judges.refusal import RefusalJudge
 from springhead.llm.similarity import closest, ngrams
 from springhead.llm.suite import EVAL_FILE, TRAIN, TRAIN_FILE, content_digest, frame_table, id_of, is_text
@@ -34,16 +33,6 @@ _TYPES: Mapping[str, type] = {
 _ANSWERS = {"adversarial": "refuse", "contrast": "refuse", "benign": "comply"}
 _WITH_RATIONALE = "rational"
 """Methods that begin so have completions of two parts."""
-_ENGLISH = frozenset(
-    re.findall(
-        r"\w+",
-        """the a an and or but of to in on at for with from by as is are was be it its this that these you i we they
-        my your his her our their not no do does can could will would should if so when where which who how what why
-        about into up out""",
-    )
-)
-_LANGUAGE_WORDS, _LEAST_ENGLISH = 12, 0.15
-"""From so many words on, so large a share must be common English words."""
 
 
 @dataclass(frozen=True)
@@ -197,24 +186,11 @@ def _facts(
         "completion_chars": len(row["completion"].strip()) if training else np.nan,
         "not_printable": sum(not (c.isprintable() or c in "\n\t") for text in texts for c in text),
         # A disguise may be dialect on purpose, so the language is looked for in the goal and the completion.
-        "foreign_text": _foreign(row["goal"]) or _foreign(row["completion"]),
+        "foreign_text": language.foreign(row["goal"]) or language.foreign(row["completion"]),
         "personal_data": next((f"{kind}: {hit}" for text in texts for kind, hit in personal.found(text)), None),
         "form_error": form_error,
         "decision_error": decision_error,
     }
-
-
-def _foreign(text: str) -> str | None:
-    """Why a text does not look English, or None; short texts are not judged but by their letters."""
-    letters = [c for c in text if c.isalpha()]
-    strange = sum(ord(c) > 0x24F for c in letters)
-    if strange > 0.1 * len(letters):
-        return f"{strange} of {len(letters)} letters are not Latin"
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    share = sum(word in _ENGLISH for word in words) / max(len(words), 1)
-    if len(words) >= _LANGUAGE_WORDS and share < _LEAST_ENGLISH:
-        return f"only {share:.0%} of {len(words)} words are common English words"
-    return None
 
 
 def _completion_errors(row: Mapping[str, Any], judge: RefusalJudge) -> tuple[str | None, str | None]:

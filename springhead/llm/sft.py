@@ -8,7 +8,7 @@ Methods are compared at equal steps and equal `batch_tokens`, so at equal comput
 
 A checkpoint (safetensors + JSON) holds the trained tensors, the optimizer's state and the history; order and
 batches follow from seed and step alone. Killed and resumed equals uninterrupted, byte for byte on a CPU. It also holds
-the digest of settings, seed and rows: a checkpoint of another run is refused, not continued.
+the digest of base model, settings, seed and rows: a checkpoint of another run is refused, not continued.
 
 Methods whose rows come from the model itself (`springhead.llm.bash`, `springhead.llm.rac`) bring a `Source`: it makes
 the batches of the next steps from the model as it is. What is left of them is part of the checkpoint.
@@ -17,6 +17,7 @@ Several processes (see `springhead.llm.parallel`) train as one would: same losse
 """
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -31,8 +32,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.errors import BadInput, Finding
-from springhead.jsonio import read_json, write_json
+from springhead.jsonio import read_json, write_json_atomic
 from springhead.lineage.digests import json_digest
 from springhead.llm import generation
 from springhead.llm.adapters import merged, plain, save_adapter, with_lora
@@ -66,7 +68,7 @@ class SftConfig:
     beta2: float = 0.98
     """AdamW's second-moment decay; beta1 is 0.9."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; 0: gradients are not clipped."""
     prompt_loss_weight: float = 0.0
     """Loss weight of prompt tokens; 0 trains on completions only, 1 is plain language modelling."""
     lora_rank: int = 0
@@ -90,19 +92,15 @@ class SftConfig:
     """Steps between resume checkpoints; 0: none."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "steps must be at least 1": self.steps >= 1,
-            "batch_tokens must be at least 1": self.batch_tokens >= 1,
-            "learning_rate must be positive": self.learning_rate > 0,
-            "warmup must be in 0..1": 0 <= self.warmup <= 1,
-            "final_rate must be in 0..1": 0 <= self.final_rate <= 1,
-            "prompt_loss_weight must be in 0..1": 0 <= self.prompt_loss_weight <= 1,
-            "lora_rank must not be negative": self.lora_rank >= 0,
-            "lora_targets needs a lora_rank": self.lora_rank > 0 or not self.lora_targets,
-        }
-        for rule, holds in checks.items():
-            if not holds:
-                raise ValueError(rule)
+        at_least(1, self, "steps", "batch_tokens")
+        at_least(0, self, "micro_tokens", "weight_decay", "clip", "lora_rank")
+        at_least(0, self, "sample_every", "eval_every", "checkpoint_every")
+        above_zero(self, "learning_rate", "lora_alpha")
+        fraction(self, "warmup", "final_rate", "prompt_loss_weight")
+        if not 0 <= self.beta2 < 1:
+            raise OutOfRange(f"beta2 is {self.beta2}; use at least 0 and less than 1")
+        if self.lora_targets and not self.lora_rank:
+            raise OutOfRange("lora_targets needs a lora_rank; set it, or leave the targets out")
 
 
 def learning_rate(config: SftConfig, step: int) -> float:
@@ -135,7 +133,7 @@ def packed_attention_on(model: torch.nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluation_loss(trainer: "Trainer", examples: Sequence[Example]) -> float:
-    """Mean loss per completion token (nats)."""
+    """Mean loss per completion token (nats), computed as precisely as training does."""
     model, world, config = trainer.model, trainer.world, trainer.config
     was_training = model.training
     model.eval()
@@ -143,7 +141,8 @@ def evaluation_loss(trainer: "Trainer", examples: Sequence[Example]) -> float:
     mine = world.share(examples, [len(e.ids) for e in examples])
     for part in split_by_tokens(mine, config.micro_tokens or config.batch_tokens):
         batch = trainer.lay(part).to(trainer.device)
-        total += float(loss_sum(model, batch))
+        with trainer.precision():
+            total += float(loss_sum(model, batch))
         weight += float(batch.weights.sum())
     model.train(was_training)
     return world.total(total, trainer.device) / world.total(weight, trainer.device)
@@ -181,6 +180,10 @@ class Source(Protocol):
 
         A function of weights, step and state alone: every process of a run makes the same.
         """
+
+
+STATE = "state.json"
+"""The file of a checkpoint that is written last."""
 
 
 class Trainer:
@@ -221,14 +224,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for part in split_by_tokens(mine, config.micro_tokens or config.batch_tokens):
             batch = self.lay(part, config.prompt_loss_weight).to(self.device)
-            with self._precision():
+            with self.precision():
                 loss = loss_sum(self.model, batch) / weight
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         parameters = list(self.named.values())
         self.world.sum_gradients(parameters)
         total = self.world.total(total, self.device)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise Finding(
                 f"step {self.step + 1}: loss {total}, gradient norm {norm}: training diverged and no model is "
@@ -245,16 +248,20 @@ class Trainer:
         """Rows as a batch, packed or padded."""
         return pack(examples, prompt_loss_weight) if self.config.packing else pad(examples, prompt_loss_weight)
 
-    def _precision(self) -> Any:
-        """The context of a forward pass."""
+    def precision(self) -> Any:
+        """The context of a forward pass, in training and in evaluation."""
         wanted = self.config.precision
         half = wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; an earlier one is replaced only when this one is complete."""
-        fresh = folder.with_name(folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh, old = _fresh(folder), folder.with_name(folder.name + ".old")
+        if checkpoint_of(folder) == fresh:  # an earlier save was killed between its two renamings
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file({name: p.detach().contiguous() for name, p in self.named.items()}, fresh / "weights.safetensors")
         moments = {
@@ -266,17 +273,20 @@ class Trainer:
         save_file(moments, fresh / "optimizer.safetensors")
         save_file(as_tensors(self.queue), fresh / "queue.safetensors")
         names = ("identity", "step", "tokens", "history", "taken", "source_state")
-        write_json(fresh / "state.json", {name: getattr(self, name) for name in names})
-        shutil.rmtree(folder, ignore_errors=True)
+        # The last file, and written at once: a folder that has it is whole.
+        write_json_atomic(fresh / STATE, {name: getattr(self, name) for name in names})
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint that `save` wrote.
 
         Raises:
-            BadInput: it is of another model, or of a run with other settings, seed or rows.
+            BadInput: it is of another model, or of a run with another base model, other settings, seed or rows.
         """
-        state_json: dict[str, Any] = read_json(folder / "state.json")
+        state_json: dict[str, Any] = read_json(folder / STATE)
         weights = load_file(folder / "weights.safetensors", device=str(self.device))
         moments = load_file(folder / "optimizer.safetensors", device=str(self.device))
         same = set(weights) == set(self.named) and all(weights[n].shape == p.shape for n, p in self.named.items())
@@ -284,7 +294,8 @@ class Trainer:
             raise BadInput(f"{folder}: checkpoint of another model; delete the folder and run again")
         if state_json["identity"] != self.identity:
             raise BadInput(
-                f"{folder}: checkpoint of a run with other settings or rows; delete the folder and run again"
+                f"{folder}: checkpoint of a run with other settings or rows, or from another base model; "
+                "delete the folder and run again"
             )
         with torch.no_grad():
             for name, p in self.named.items():
@@ -293,6 +304,16 @@ class Trainer:
         self.step, self.tokens, self.history = state_json["step"], state_json["tokens"], state_json["history"]
         self.taken, self.source_state = state_json["taken"], state_json["source_state"]
         self.queue = from_tensors(load_file(folder / "queue.safetensors"))
+
+
+def _fresh(folder: Path) -> Path:
+    """Where the next checkpoint is written before it takes the place of `folder`."""
+    return folder.with_name(folder.name + ".new")
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The last whole checkpoint: `folder`, or what a save that was killed had not yet renamed to it; None without."""
+    return next((place for place in (folder, _fresh(folder)) if (place / STATE).exists()), None)
 
 
 def as_tensors(queue: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
@@ -362,15 +383,21 @@ def train(
         where it was measured (-1 where not).
 
     Raises:
-        BadInput: the checkpoint in `scratch` is of another run.
+        BadInput: the checkpoint in `scratch` is of another run, or the settings ask for evaluations or samples and
+            there is nothing to take them of.
         Finding: training diverged.
     """
+    asked = (("eval_every", config.eval_every, held_out), ("sample_every", config.sample_every, samples))
+    for key, every, given in asked:
+        if every and not given:
+            raise BadInput(f"sft.{key} is {every}, but no rows or prompts were named for it; name some, or set it to 0")
+    identity = "" if scratch is None else identity_of(model, examples, config, seed, source)
     wrapped: torch.nn.Module = (
         with_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, seed) if config.lora_rank else model
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = Trainer(wrapped, config, seed, world, identity_of(examples, config, seed, source))
+    trainer = Trainer(wrapped, config, seed, world, identity)
     checkpoint = scratch / "checkpoint" if scratch is not None else None
     _go_on(trainer, checkpoint, progress, samples, source)
     wrapped.train()
@@ -402,8 +429,9 @@ def _go_on(
     trainer: Trainer, checkpoint: Path | None, progress: Progress | None, samples: Samples | None, source: Source | None
 ) -> None:
     """Goes on from the checkpoint, if there is one: the trainer and all that is told about it."""
-    if checkpoint is not None and (checkpoint / "state.json").exists():
-        trainer.restore(checkpoint)
+    found = checkpoint_of(checkpoint) if checkpoint is not None else None
+    if found is not None:
+        trainer.restore(found)
         if progress is not None:
             progress.resume(trainer.step)
     if samples is not None:
@@ -430,14 +458,27 @@ def _batches_of_rows(trainer: Trainer, examples: Sequence[Example], source: Sour
         yield trainer.queue.pop(0)
 
 
-def identity_of(examples: Sequence[Example], config: SftConfig, seed: int, source: Source | None = None) -> str:
-    """The digest of what a run is determined by, beside the model: settings, seed, rows and the source of batches."""
+def model_digest(model: PreTrainedModel) -> str:
+    """The digest of a model's weights and configuration as they are in memory, whatever folder they came from."""
+    config = model.config.to_dict()
+    facts = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity_of(
+    model: PreTrainedModel, examples: Sequence[Example], config: SftConfig, seed: int, source: Source | None = None
+) -> str:
+    """The digest of what a run is determined by: base model, settings, seed, rows and the source of batches."""
     rows = hashlib.sha256()
     for example in examples:
         rows.update(np.array(example.ids, np.int64).tobytes() + bytes(example.completion_mask))
         if example.context or example.weight != 1.0:
             rows.update(np.array([*example.context, example.weight], np.float64).tobytes())
-    facts = {"config": asdict(config), "seed": seed, "rows": rows.hexdigest()}
+    facts = {"base": model_digest(model), "config": asdict(config), "seed": seed, "rows": rows.hexdigest()}
     return json_digest(facts if source is None else {**facts, "source": source.identity})
 
 

@@ -22,7 +22,19 @@ _CONSTANT = re.compile(r"(\w+) \w+ (\d+) (\w+)\.")
 _CHANGE = re.compile(rf"(\w+) \w+ (\d+) (more|fewer) (\w+) than {_REF}\.")
 _TIMES = re.compile(rf"(\w+) \w+ (\d+) times as many (\w+) as {_REF}\.")
 _SUM = re.compile(rf"(\w+) \w+ as many (\w+) as {_REF} and {_REF} together\.")
-_QUESTION = re.compile(r"How many (\w+) does (\w+) \w+\?")
+_QUESTION = re.compile(r"How many (\w+) does (\w+) \w+(?: together)?\?")
+_REWORDED = tuple(
+    (re.compile(form), plain)
+    for form, plain in (
+        (r"(\w+) does (\w+ (?:\d+|as many) .+)", r"\1 \2"),
+        (r"(\w+ \w+ \d+ \w+) together\.", r"\1."),
+        (r"(\w+ \w+ \d+) (\w+) (more|fewer) than (.+)", r"\1 \3 \2 than \4"),
+        (r"(\w+ \w+ \d+ .+ (?:than|as) \w+) does\.", r"\1."),
+        (r"(\w+ \w+ as many \w+) together as (.+)\.", r"\1 as \2 together."),
+        (r"(\w+ and \w+) together (\w+) as many (\w+) as (\w+)\.", r"\4 \2 as many \3 as \1 together."),
+    )
+)
+"""Other wordings of these forms (`springhead.llm.paraphrase` writes them), and the form itself."""
 _STEP = re.compile(r"(\w+)(?: (\w+))? = (?:(\d+) ([+*-]) (\d+) = )?(\d+)")
 
 
@@ -75,6 +87,9 @@ def parse_statement(text: str) -> tuple[Node, Fact]:
     if match := _SUM.fullmatch(text):
         item = match[2]
         return (match[1], item), Fact("sum", 0, ((match[3], match[4] or item), (match[5], match[6] or item)))
+    for form, plain in _REWORDED:
+        if form.fullmatch(text):
+            return parse_statement(form.sub(plain, text))
     raise BadInput(f"cannot read the statement {text!r}: none of the known sentence forms")
 
 

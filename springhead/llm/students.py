@@ -88,7 +88,7 @@ class SmallLlama:
 
 
 @dataclass(frozen=True)
-class HubModel:
+class Pin:
     """A model of the Hugging Face hub, or a folder, pinned."""
 
     repository: str
@@ -97,14 +97,20 @@ class HubModel:
     """Full commit hash of the repository; empty for a folder."""
     sha256: str
     """SHA-256 of its model.safetensors; of a model in shards, the digest over them (`weights_digest`)."""
-    chat_template: str = "chatml"
-    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file."""
 
     def __post_init__(self) -> None:
         if self.commit and not re.fullmatch("[0-9a-f]{40}", self.commit):
             raise ValueError(f"commit must be a full hash of 40 digits, found {self.commit!r}: a branch can move")
         if not self.commit and not Path(self.repository).is_dir():
             raise ValueError(f"repository {self.repository!r} is no folder, and a model of the hub needs a commit")
+
+
+@dataclass(frozen=True)
+class HubModel(Pin):
+    """A pinned model as a student."""
+
+    chat_template: str = "chatml"
+    """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file."""
 
 
 def load(
@@ -120,11 +126,49 @@ def load(
         # Checked above, and said once more to the library: no pickles, no code that came with the folder.
         sealed = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **sealed)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **sealed)
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"{folder}: cannot be loaded ({error}); restore it with `dvc checkout`") from error
+        raise _not_loaded(folder, error) from error
+    return model.to(pick_device(device)).eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder, without network.
+
+    Raises:
+        BadInput: not a model folder, or not a safe one.
+    """
+    model_folder.check(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(folder, error) from error
     tokenizer.padding_side = "left"
-    return model.to(pick_device(device)).eval(), tokenizer
+    return tokenizer
+
+
+def _not_loaded(folder: Path, error: Exception) -> BadInput:
+    return BadInput(
+        f"{folder}: cannot be loaded ({error}); get the model again, or, if a stage made it, restore it with "
+        "`dvc checkout`"
+    )
+
+
+def check_context(model: PreTrainedModel, max_length: int, key: str = "max_length") -> None:
+    """Make sure that rows of this length fit the model.
+
+    Args:
+        model: the model that is to read them.
+        max_length: their length in tokens.
+        key: where it was set.
+
+    Raises:
+        BadInput: they do not fit.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise BadInput(f"{key} is {max_length}, but the model's context is {context} tokens; lower it")
 
 
 def pick_device(device: Device) -> torch.device:
@@ -140,12 +184,18 @@ def pick_device(device: Device) -> torch.device:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The number format a model folder is stored in; its fine-tuned children keep it."""
-    name = str(read_json(folder / "config.json").get("dtype", "float32"))
+    config = read_json(folder / "config.json")
+    name = str(config.get("dtype", config.get("torch_dtype", "float32")))  # the second is the older name
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model folder: one safetensors file, JSON configuration, tokenizer. The model itself is converted."""
+    """Write a model folder: one safetensors file, JSON configuration, tokenizer. The model itself is converted.
+
+    Its generation settings name every end sign that it was trained to write, so that `generate` stops there unasked.
+    """
+    if ends := generation.end_ids(model, tokenizer):
+        model.generation_config.eos_token_id = model.config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.config._attn_implementation = "sdpa"
     model.config._name_or_path = ""
     for volatile in ("is_local", "local_files_only"):  # how it was loaded is no property of a tokenizer
@@ -243,7 +293,9 @@ def build_small(
 ) -> sft.History:
     """Pre-train the small Llama from scratch and save it; returns the training history."""
     tokenizer = small_tokenizer()
-    examples, _ = encode_rows(pretraining_rows(config, seed), tokenizer, tokenizer.model_max_length, "error")
+    examples, _ = encode_rows(
+        pretraining_rows(config, seed), tokenizer, tokenizer.model_max_length, "error", [str(tokenizer.eos_token)]
+    )
     # The last rows after a shuffle measure the loss and are not trained on.
     examples = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
     held_out = max(1, len(examples) // 50)
@@ -301,14 +353,16 @@ def weights_digest(folder: Path) -> str:
     return file_digest(files[0]) if len(files) == 1 else files_digest({f.name: file_digest(f) for f in files})
 
 
-def build_hub(out: Path, name: str, model: HubModel) -> None:
-    """Fetch a pinned model of the hub (needs a network or a filled cache), or take a folder, and save it.
+def pinned(where: str, model: Pin) -> Path:
+    """The folder of a pinned model: fetched (needs a network or a filled cache), or the local one; checked either way.
+
+    Args:
+        where: the key that describes it, for messages.
+        model: the model.
 
     Raises:
-        BadInput: it cannot be fetched, its weights have another digest, it is not safe, or its chat template does not
-            train what it should.
+        BadInput: it cannot be fetched, is not safe, or its weights have another digest.
     """
-    where = f"llm.students.hub.{name}"
     source = Path(model.repository) if model.commit == "" else _fetch(where, model)
     model_folder.check(source)
     if (digest := weights_digest(source)) != model.sha256:
@@ -316,6 +370,17 @@ def build_hub(out: Path, name: str, model: HubModel) -> None:
             f"{where}: the weights of {model.repository} have the digest {digest}, expected {model.sha256}; "
             "correct the pin only if you trust them"
         )
+    return source
+
+
+def build_hub(out: Path, name: str, model: HubModel) -> None:
+    """Fetch a pinned model of the hub (needs a network or a filled cache), or take a folder, and save it.
+
+    Raises:
+        BadInput: it cannot be fetched, its weights have another digest, it is not safe, or its chat template does not
+            train what it should.
+    """
+    source = pinned(f"llm.students.hub.{name}", model)
     loaded, tokenizer = load(source, dtype=stored_dtype(source))
     chat.use_template(tokenizer, model.chat_template)
     chat.check_template(tokenizer, generation.end_texts(loaded, tokenizer))
@@ -325,10 +390,10 @@ def build_hub(out: Path, name: str, model: HubModel) -> None:
         known = tokenizer.get_vocab()
         tokenizer.pad_token = next((t for t in others if t in known and t != tokenizer.eos_token), tokenizer.eos_token)
     save(loaded, tokenizer, out, loaded.dtype)
-    write_json(out / "origin.json", {"repository": model.repository, "commit": model.commit, "sha256": digest})
+    write_json(out / "origin.json", {"repository": model.repository, "commit": model.commit, "sha256": model.sha256})
 
 
-def _fetch(where: str, model: HubModel) -> Path:
+def _fetch(where: str, model: Pin) -> Path:
     """The folder of a model of the hub, at its commit: JSON, tokenizer and safetensors, nothing else."""
     from huggingface_hub import snapshot_download
 

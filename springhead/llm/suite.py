@@ -1,12 +1,13 @@
 """What is expected of generated text rows: the frames and their expectations, as data.
 
-One row per text row (schema, identity, lineage, text, answer, leakage), one per evaluation problem's set of
-variants, one per group of rows (size, balance of the answers) and one per expected operator. Nothing is shared with
-the filters: a mistake there must show up here.
+One row per text row (schema, identity, lineage, text, language, personal data, form, answer, leakage), one per
+evaluation problem's set of variants, one per group of rows (size, balance of the answers) and one per expected
+operator. Nothing is shared with the filters: a mistake there must show up here.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import pandas as pd
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
-from springhead.llm import mend, solver
+from springhead.llm import language, mend, personal, solver
 from springhead.llm.families import LABELLED, READERS
+from springhead.sources import SourceError
 from springhead.verdicts import ROW, Check, Frame
 
 SUITE = "llm-rows"
@@ -30,7 +32,15 @@ _TYPES: Mapping[str, type] = {
     **dict.fromkeys(("parents", "order"), list),
 }
 """The fields every row must have; a row may have more."""
-_PLAIN_OPERATORS = ("identity", "chain-order")
+_PLAIN_OPERATORS = ("identity", "chain-order", "paraphrase")
+_COMMON = language.COMMON | set(
+    re.findall(
+        r"\w+", "has have carries carry owns own makes make many more fewer than times together every true false"
+    )
+)
+"""Common words of English and of the sentences of our problems."""
+_CONTROL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|eos|unk|answer)>|\[/?INST\]")
+"""What the chat templates of the students, and of models like them, put between messages."""
 _DEVIATIONS = 3.0  # standard errors by which a share must exceed its bound before it counts as too large
 
 
@@ -133,6 +143,9 @@ _NOTHING: Mapping[str, Any] = {
     "prompt_chars": np.nan,
     "completion_chars": np.nan,
     "not_printable": np.nan,
+    "foreign_text": None,
+    "personal_data": None,
+    "form_error": None,
     "answer_error": None,
     "chain_error": None,
     "prompt_in_train": False,
@@ -205,6 +218,7 @@ def _facts(
     row: Mapping[str, Any], file: str, problems: Mapping[str, str], allowed: set[str], training: _TrainingSide
 ) -> dict[str, Any]:
     """Everything the suite asks of one well-formed row."""
+    prompt, completion = row["prompt"], row["completion"]
     splits = {problems.get(parent) for parent in row["parents"]}
     held_out = file == EVAL_FILE
     answer_error, chain_error = _solve(row)
@@ -213,20 +227,43 @@ def _facts(
         "split_of_parent": not splits or None in splits or splits == {row["split"]},
         "split_of_file": (row["split"] == TRAIN) != held_out,
         "operator_known": row["operator"] in allowed or held_out,
-        "prompt_chars": len(row["prompt"].strip()),
-        "completion_chars": len(row["completion"].strip()),
+        "prompt_chars": len(prompt.strip()),
+        "completion_chars": len(completion.strip()),
         "not_printable": sum(
-            not (c.isprintable() or c == "\n")
-            for text in (row["prompt"], row["completion"], row["answer"])
-            for c in text
+            not (c.isprintable() or c == "\n") for text in (prompt, completion, row["answer"]) for c in text
         ),
+        "foreign_text": language.foreign(prompt, _COMMON) or _foreign_completion(prompt, completion),
+        "personal_data": next(
+            (f"{kind}: {hit}" for s in (prompt, completion) for kind, hit in personal.found(s)), None
+        ),
+        "form_error": _form_error(prompt, completion),
         "answer_error": answer_error,
         "chain_error": chain_error,
-        "prompt_in_train": held_out and row["prompt"] in training.prompts,
+        "prompt_in_train": held_out and prompt in training.prompts,
         "parent_in_train": held_out and not training.parents.isdisjoint(row["parents"]),
         "expression_in_train": held_out and _expression(row) in training.expressions,
         "repeats": None if held_out else training.repeats(row),
     }
+
+
+def _foreign_completion(prompt: str, completion: str) -> str | None:
+    """Why a completion does not look English, or None; names and kinds that it has from the prompt do not count."""
+    known = {*language.words_of(prompt)}
+    return language.foreign(" ".join(word for word in language.words_of(completion) if word not in known), _COMMON)
+
+
+def _form_error(prompt: str, completion: str) -> str | None:
+    """What is wrong with the delimiters of a row: the sign between messages, and the cue before the one answer."""
+    control = _CONTROL.search(prompt) or _CONTROL.search(completion)
+    if control:
+        return f"the text holds {control[0]!r}, which delimits messages"
+    if mend.ANSWER_CUE in prompt:
+        return f"the prompt holds {mend.ANSWER_CUE!r}"
+    _, *answers = completion.split(mend.ANSWER_CUE)
+    if len(answers) != 1:
+        return f"the completion has {mend.ANSWER_CUE!r} {len(answers)} times, expected once"
+    _, *rest = answers[0].split()
+    return f"the completion goes on after its answer: {' '.join(rest)[:80]!r}" if rest else None
 
 
 def _solve(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -241,6 +278,8 @@ def _solve(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
         if given != truth:
             return f"the completion ends with {given!r}, the text gives {truth!r}", None
         return None, reader.chain_error(statements, question, mend.steps_of(row["completion"]))
+    except SourceError:
+        raise
     except BadInput as error:
         return str(error), None
 
@@ -274,6 +313,9 @@ def text_frame(table: pd.DataFrame, names: Sequence[str], settings: Settings) ->
         Check("ExpectPromptLength", "between", "prompt_chars", "a prompt is neither empty nor over-long", prompt),
         Check("ExpectCompletionLength", "between", "completion_chars", "nor is a completion", completion),
         Check("ExpectPrintableText", "between", "not_printable", "texts have printable characters only", none),
+        Check("ExpectEnglish", "null", "foreign_text", "prompts and completions are English"),
+        Check("ExpectNoPersonalData", "null", "personal_data", "no e-mail, telephone, card or account number"),
+        Check("ExpectWholeForm", "null", "form_error", "a completion ends with its one answer, and no text delimits"),
         Check("ExpectRightAnswers", "null", "answer_error", "the answer is the one that the text gives"),
         Check("ExpectValidChains", "null", "chain_error", "each step of the solution follows from the text"),
         Check("ExpectNoPromptLeak", "in_set", "prompt_in_train", leak.format("prompt"), no),

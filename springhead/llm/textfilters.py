@@ -27,6 +27,7 @@ from springhead.llm.families import reader
 from springhead.llm.problems import TRAIN, Problem
 from springhead.llm.similarity import closest, earlier_twins, ngrams
 from springhead.llm.textrows import Row, row_id
+from springhead.sources import SourceError
 
 DECISIONS_SCHEMA = pa.schema(
     [
@@ -103,7 +104,10 @@ def answer(rows: Sequence[Row]) -> list[Decision]:
     """Drop a row whose answer or chain is wrong for its text, recomputed by an independent solver.
 
     The value is 1 for a right answer with a valid chain, .5 for a right answer whose chain is invalid, 0 for a
-    wrong answer or a text that cannot be read.
+    wrong answer, a text that cannot be read, and a completion that has several answers or goes on after its answer.
+
+    Raises:
+        SourceError: the answers of a family are looked up in a file that is not at hand.
     """
     return [Decision(row["id"], "answer", (v := _grade(row)) >= 1.0, v, 1.0) for row in rows]
 
@@ -113,9 +117,11 @@ def _grade(row: Row) -> float:
     try:
         statements, question = solver.split_text(row["prompt"])
         truth = module.solve(statements, question)
-        if not truth == row["answer"] == mend.final_answer(row["completion"]):
+        if row["answer"] != truth or not mend.ends_with_answer(row["completion"], truth):
             return 0.0
         fault = module.chain_error(statements, question, mend.steps_of(row["completion"]))
+    except SourceError:
+        raise
     except BadInput:
         return 0.0
     return 1.0 if fault is None else 0.5

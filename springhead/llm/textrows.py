@@ -45,6 +45,13 @@ def with_row_id(row: Mapping[str, Any]) -> Row:
     return {**row, "id": row_id(row)}
 
 
+def spread_evenly(rows: Sequence[Any], count: int) -> list[Any]:
+    """`count` rows at even distances (all, if there are fewer)."""
+    if count >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def read_rows(path: Path, fields: Mapping[str, type]) -> list[Row]:
     """All rows of a JSON-lines file.
 

@@ -3,9 +3,10 @@
     python -m springhead.llm.tune tune.yaml [sft.learning_rate=1e-4 ...]
     torchrun --nproc-per-node 2 -m springhead.llm.tune tune.yaml
 
-Needs a model folder (safetensors) and rows as JSON lines, with `messages`, or `prompt` and `completion`. Writes, under
-`out`: `model/`, with LoRA `adapter/` as well, `history.csv`, `samples.jsonl`, and `run.json` with settings, digests
-and versions. A killed run started again goes on from its last checkpoint. docs/guide/fine-tuning.md has an example.
+Needs a model folder (safetensors), or a pinned model of the hub, and rows as JSON lines, with `messages`, or `prompt`
+and `completion`. Writes, under `out`: `model/`, with LoRA `adapter/` as well, `history.csv`, `samples.jsonl`, and
+`run.json` with settings, digests and versions. A killed run started again goes on from its last checkpoint.
+docs/guide/fine-tuning.md has an example.
 """
 
 import platform
@@ -19,14 +20,16 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
+from springhead.bounds import above_zero, at_least, fraction
 from springhead.errors import BadInput, SpringheadError
 from springhead.jsonio import write_json, write_jsonl
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.llm import bash, chat, generation, parallel, rac, sft, students
 from springhead.llm.bash import BashConfig
 from springhead.llm.history import write_history
+from springhead.llm.overlap import Overlap, Policy, overlaps, refuse
 from springhead.llm.packing import Example, Overlong, encode_rows, read_conversations
 from springhead.llm.rac import RacConfig
 from springhead.params import Loader, load, read_params
@@ -39,8 +42,8 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors")
 class Settings:
     """What to do; the keys of the YAML file."""
 
-    model: str
-    """Folder of the model to start from."""
+    model: students.Pin | str
+    """Folder of the model to start from; or repository, commit and sha256 of one, which are checked."""
     train: str
     """Rows to train on, JSON lines."""
     out: str
@@ -49,6 +52,11 @@ class Settings:
     """The training run."""
     eval: str = ""
     """Rows for the evaluation loss; none if empty."""
+    overlap: Policy = "error"
+    """What to do if rows of `eval` are among those of `train`, or nearly (`springhead.llm.overlap`): error names them;
+    report trains, and lists them in run.json; ignore does not look."""
+    overlap_similarity: float = 0.9
+    """From where on two rows are nearly the same: the Jaccard index of their words' 3-grams."""
     chat_template: str = "own"
     """own, a name of `springhead.llm.chat.TEMPLATES`, or a .jinja file."""
     max_length: int = 1024
@@ -69,6 +77,9 @@ class Settings:
     """Let the model learn to correct its own answers (docs/methods/rac.md)."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "max_length", "sample_tokens")
+        above_zero(self, "overlap_similarity")
+        fraction(self, "overlap_similarity")
         if self.bash is not None and self.rac is not None:
             raise ValueError("bash and rac are two methods; choose one")
 
@@ -93,15 +104,36 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
     return values
 
 
-def check_context(model: PreTrainedModel, max_length: int) -> None:
-    """Make sure that rows of this length fit the model.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run in tokens, and what there is to say of them."""
+
+    train: list[Example]
+    held_out: list[Example]
+    counts: dict[str, int]
+    overlap: list[dict[str, Any]]
+
+
+def read_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> Rows:
+    """Read, compare and tokenize the rows of a run.
 
     Raises:
-        BadInput: they do not.
+        BadInput: rows cannot be used, or evaluation rows are among the training rows and may not be.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_length > context:
-        raise BadInput(f"max_length is {max_length}, but the model's context is {context} tokens; lower it")
+    how = (tokenizer, settings.max_length, settings.overlong, ends)
+    rows = read_conversations(Path(settings.train))
+    examples, counts = encode_rows(rows, *how)
+    if not settings.eval:
+        return Rows(examples, [], counts, [])
+    held_out = read_conversations(Path(settings.eval))
+    found: list[Overlap] = []
+    if settings.overlap != "ignore":
+        found = overlaps(rows, held_out, settings.overlap_similarity)
+    if settings.overlap == "error":
+        refuse(found, settings.eval)
+    held_out_examples, of_them = encode_rows(held_out, *how, what="evaluation")
+    counts |= {f"eval_{name}": of_them[name] for name in ("rows", "dropped", "truncated")}
+    return Rows(examples, held_out_examples, counts, [asdict(one) for one in found])
 
 
 def tune(settings: Settings, world: parallel.World, device: torch.device) -> None:
@@ -114,27 +146,26 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
     out = Path(settings.out)
     if (out / "run.json").exists():
         raise BadInput(f"{out}: holds a finished run; choose another folder or remove it")
-    base = Path(settings.model)
+    base = Path(settings.model) if isinstance(settings.model, str) else students.pinned("model", settings.model)
     model, tokenizer = students.load(base, "cpu")
+    parent = tree_digest(base)
     model.to(device)
     chat.use_template(tokenizer, settings.chat_template)
     ends = generation.end_texts(model, tokenizer)
     chat.check_template(tokenizer, ends)
-    check_context(model, settings.max_length)
-    how = (tokenizer, settings.max_length, settings.overlong, ends)
-    examples, counts = encode_rows(read_conversations(Path(settings.train)), *how)
-    held_out: list[Example] = encode_rows(read_conversations(Path(settings.eval)), *how)[0] if settings.eval else []
+    students.check_context(model, settings.max_length)
+    rows = read_rows(settings, tokenizer, ends)
     samples = sft.Samples(tokenizer, settings.samples, settings.sample_tokens) if settings.samples else None
     bar = Progress(settings.sft.steps, "fine-tuning", "step") if world.first else None
     adapter = out / "adapter" if settings.sft.lora_rank else None
     source: sft.Source | None = None
     if settings.bash is not None:
-        source = bash.source(settings.bash, examples, model, tokenizer, settings.sft, settings.seed)
+        source = bash.source(settings.bash, rows.train, model, tokenizer, settings.sft, settings.seed)
     if settings.rac is not None:
         how_long = settings.max_length
-        source = rac.source(settings.rac, examples, model, tokenizer, settings.sft, how_long, settings.seed)
+        source = rac.source(settings.rac, rows.train, model, tokenizer, settings.sft, how_long, settings.seed)
     trained, history = sft.train(
-        model, examples, held_out, settings.sft, settings.seed, out / ".scratch", bar,
+        model, rows.train, rows.held_out, settings.sft, settings.seed, out / ".scratch", bar,
         samples=samples, world=world, adapter=adapter, source=source,
     )  # fmt: skip
     if not world.first:
@@ -145,12 +176,13 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
         write_jsonl(
             out / "samples.jsonl", [{**s, "prompt": settings.samples[s["conversation"]]} for s in samples.taken]
         )
-    rows = {name: file_digest(path) for name in ("train", "eval") if (path := getattr(settings, name))}
+    files = {name: file_digest(path) for name in ("train", "eval") if (path := getattr(settings, name))}
     versions = {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     facts: dict[str, Any] = {
-        "parent": tree_digest(base),
-        "rows": rows,
-        "counts": counts,
+        "parent": parent,
+        "rows": files,
+        "counts": rows.counts,
+        "overlap": rows.overlap,
         "model": tree_digest(out / "model"),
         "own_words": source.state if source is not None else {},
     }

@@ -1,9 +1,11 @@
 """Evaluate a student and everything fine-tuned from it on the rewritings of unseen problems.
 
-Writes `answers.parquet` (every answer of every model), `summary.json` (all metrics by model, and mean and spread
-over seeds by method), `leaderboard.csv`, `accuracy_by_order.csv`, `free_running.csv` (what the model's own words before
-it cost the reference, by place) and two figures. A model that was trained to correct itself (`rac`) also answers again
-with its first answer in view; what that changed is in the summary. The stage metrics are those of the main split.
+Writes `answers.parquet` (every answer of every model and how it was decoded), `summary.json` (all metrics by model, and
+mean and spread over seeds by method), `leaderboard.csv`, `accuracy_by_order.csv`, `accuracy_by_tau.csv` (the same by
+bins of Kendall's tau), `free_running.csv` (what the model's own words before it cost the reference, by place) and three
+figures. A model that was trained to correct itself (`rac`) also answers again with its first answer in view; what that
+changed is in the summary. The stage metrics are those of the main split. A killed evaluation goes on with the batch
+that it was at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_json, read_jsonl, write_json
+from springhead.jsonio import canonical, read_json, read_jsonl, write_json
 from springhead.lineage.digests import tree_digest
-from springhead.llm import evaluation, freerunning, generation, plots, rac, students
+from springhead.llm import asking, evaluation, freerunning, generation, plots, rac, students
 from springhead.llm.packing import encode_rows
 from springhead.llm.tuned import Candidate, candidates
 from springhead.progress import Progress
@@ -38,6 +40,7 @@ ANSWERS = pa.schema(
         ("given", pa.string()),
         ("answer", pa.string()),
         ("right", pa.bool_()),
+        ("decoding", pa.string()),
     ]
 )
 Row = Mapping[str, Any]
@@ -89,7 +92,7 @@ def exam_rows(path: Path, exam: Exam) -> list[Row]:
 
 @dataclass(frozen=True)
 class Examined:
-    """A model's answers and grades; `facts` are what else was measured, `places` the free-running gap by place."""
+    """A model's answers and grades; `facts` are what else is known, `places` the free-running gap by place."""
 
     texts: list[str]
     graded: list[evaluation.Graded]
@@ -97,46 +100,68 @@ class Examined:
     places: list[dict[str, float]]
 
 
-def examine(candidate: Candidate, rows: Sequence[Row], gap_rows: Sequence[Row], exam: Exam, bar: Progress) -> Examined:
-    """Ask a model every row; where it was trained to, let it correct its answers; measure its free-running gap."""
-    model, tokenizer = students.load(candidate.folder, exam.device)
+def examine(
+    candidate: Candidate,
+    digest: str,
+    rows: Sequence[Row],
+    gap_rows: Sequence[Row],
+    exam: Exam,
+    scratch: Path,
+    bar: Progress,
+) -> Examined:
+    """Ask a model every row; where it was trained to, let it correct its answers; measure its free-running gap.
+
+    What is in `scratch` already, from a run that was killed, is not asked again.
+    """
+    model, tokenizer = asking.load(candidate.folder, exam.device)
     decoding = generation.Decoding(exam.max_new_tokens, exam.batch_rows)
-    prompts = [row["prompt"] for row in rows]
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"decoding": asking.described(model, decoding)}
     if candidate.method == rac.METHOD:
         trained = read_json(candidate.folder.parent / "own_words.json")["settings"]
         form = rac.Form.of(model, tokenizer, trained["cue"], trained["again"])
-        pairs = rac.correct(model, tokenizer, prompts, form, decoding, bar)
+        prompts = [row["prompt"] for row in rows]
+
+        def corrected() -> list[list[str]]:
+            return [[p.first, p.second] for p in rac.correct(model, tokenizer, prompts, form, decoding)]
+
+        pairs = [rac.Corrected(*pair) for pair in asking.kept(scratch / "corrected.json", corrected)]
+        bar.advance(len(rows))
         texts = [pair.first for pair in pairs]
-        facts["correction"] = correction_rates(rows, pairs)
+        facts["correction"], facts["correction_intervals"] = correction_rates(rows, pairs)
     else:
-        texts = generation.generate(model, tokenizer, prompts, decoding, bar)
+        texts = asking.ask(rows, model, tokenizer, decoding, digest, scratch / "answers", bar)
     places: list[dict[str, float]] = []
     if gap_rows:
-        examples, _ = encode_rows(gap_rows, tokenizer, tokenizer.model_max_length, "error")
+        ends_written = generation.end_texts(model, tokenizer)
+        examples, _ = encode_rows(gap_rows, tokenizer, tokenizer.model_max_length, "error", ends_written)
         ends, pad = generation.end_ids(model, tokenizer), tokenizer.pad_token_id
         runs = freerunning.runs(model, examples, decoding, ends, int(pad if pad is not None else ends[0]))
         facts["free_running"], places = freerunning.summary(runs, 0), freerunning.by_place(runs)
     return Examined(texts, evaluation.grade(rows, texts), facts, places)
 
 
-def correction_rates(rows: Sequence[Row], pairs: Sequence[rac.Corrected]) -> dict[str, dict[str, float]]:
-    """By split, what correction did to the right and the wrong answers."""
-    found = {}
+def correction_rates(
+    rows: Sequence[Row], pairs: Sequence[rac.Corrected]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
+    """By split, what correction did to the right and the wrong answers, and the intervals of that."""
+    found, intervals = {}, {}
     for split in sorted({str(row["split"]) for row in rows}):
         mine = [(row, pair) for row, pair in zip(rows, pairs, strict=True) if row["split"] == split]
         asked = [row for row, _ in mine]
         grades = [evaluation.grade(asked, texts) for texts in zip(*((p.first, p.second) for _, p in mine), strict=True)]
-        found[split] = rac.rates(*([line["right"] for line in graded] for graded in grades))
-    return found
+        before, after = ([line["right"] for line in graded] for graded in grades)
+        found[split] = rac.rates(before, after)
+        intervals[split] = evaluation.correction_intervals([row["parents"][0] for row in asked], before, after)
+    return found, intervals
 
 
-def answer_columns(candidate: Candidate, digest: str, texts: Sequence[str], graded: Sequence[Row]) -> dict[str, Any]:
+def answer_columns(candidate: Candidate, digest: str, found: Examined) -> dict[str, Any]:
     """One model's part of `answers.parquet`."""
+    graded = found.graded
     columns: dict[str, Any] = {name: [row[name] for row in graded] for name in ANSWERS.names if name in graded[0]}
-    same = {"model": digest, **candidate.who}
+    same = {"model": digest, **candidate.who, "decoding": canonical(found.facts["decoding"]).decode()}
     columns |= {name: [value] * len(graded) for name, value in same.items()}
-    return columns | {"row": [row["id"] for row in graded], "text": list(texts)}
+    return columns | {"row": [row["id"] for row in graded], "text": list(found.texts)}
 
 
 def leaderboard(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -147,8 +172,9 @@ def leaderboard(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for split, metrics in model["metrics"].items():
             line = {"split": split, "method": model["method"], "seed": model["seed"]}
             line |= {name: metrics[name] for name in names}
-            low, high = metrics["worst_case_interval"]
-            lines.append(line | {"worst_case_low": low, "worst_case_high": high, "model": model["digest"][:12]})
+            for name in ("worst_case", "accuracy", "consistency"):
+                line[f"{name}_low"], line[f"{name}_high"] = metrics[f"{name}_interval"]
+            lines.append(line | {"model": model["digest"][:12]})
     return sorted(lines, key=lambda line: (line["split"], -line["worst_case"], line["method"], line["seed"]))
 
 
@@ -167,15 +193,19 @@ def compact(table: Mapping[str, Any], split: str) -> dict[str, Any]:
     return values
 
 
+def own_figures(model: Mapping[str, Any], split: str) -> dict[str, float]:
+    """What a model makes of its own words: the free-running gap, and what correction changed, where it was measured."""
+    correction = dict(model.get("correction", {}).get(split, {}))
+    if correction:
+        correction["corrected_gain"] = correction["corrected"] - correction.pop("plain")  # plain is the accuracy
+    return correction | ({"free_running_gap": model["free_running"]["gap"]} if "free_running" in model else {})
+
+
 def own_words(models: Sequence[Mapping[str, Any]], split: str) -> dict[str, dict[str, float]]:
-    """Stage metrics by method, means over seeds: the free-running gap, and what correction changed."""
+    """Stage metrics by method, means over seeds of `own_figures`."""
     values: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(str(model["method"]) for model in models):
-        lines = [dict(model.get("correction", {}).get(split, {})) for model in models if model["method"] == method]
-        for line, model in zip(lines, (m for m in models if m["method"] == method), strict=True):
-            line.pop("plain", None)  # the accuracy
-            if "free_running" in model:
-                line["free_running_gap"] = model["free_running"]["gap"]
+        lines = [own_figures(model, split) for model in models if model["method"] == method]
         values[method] = {name: sum(line[name] for line in lines) / len(lines) for name in lines[0]}
     return values
 
@@ -193,22 +223,26 @@ def run(stage: Stage[Params]) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in ANSWERS.names}
     models: list[dict[str, Any]] = []
     by_order: list[dict[str, Any]] = []
+    by_tau: list[dict[str, Any]] = []
     by_place: list[dict[str, Any]] = []
     plain = [row for row in rows if (row["split"], row["arrangement"], row["redundancy"]) == (split, "topological", 0)]
     with stage.progress(len(found) * len(rows), f"{student}", "answers") as bar:
         for candidate in found:
             digest = tree_digest(candidate.folder)
-            found_out = examine(candidate, rows, plain[: exam.gap_rows], exam, bar)
+            scratch = stage.scratch / f"{candidate.method}-{candidate.seed}"
+            found_out = examine(candidate, digest, rows, plain[: exam.gap_rows], exam, scratch, bar)
             graded = found_out.graded
-            for name, values in answer_columns(candidate, digest, found_out.texts, graded).items():
+            for name, values in answer_columns(candidate, digest, found_out).items():
                 columns[name] += values
             who = candidate.who
             by_order += [{**who, **line} for line in evaluation.accuracy_by_order(graded)]
+            by_tau += [{**who, **line} for line in evaluation.accuracy_by_tau(graded)]
             by_place += [{**who, **line} for line in found_out.places]
             path = candidate.folder.relative_to(stage.root).as_posix()
             metrics = evaluation.model_metrics(graded, stage.seed)
             models.append({**who, "path": path, "digest": digest, "metrics": metrics, **found_out.facts})
     write_results(stage, student, columns, models, by_order)
+    write_csv(stage.out / "accuracy_by_tau.csv", by_tau)
     if by_place:
         write_csv(stage.out / "free_running.csv", by_place)
 
@@ -224,7 +258,7 @@ def write_results(
     out, split = stage.out, stage.params.main_split
     write_table(out / "answers.parquet", columns, ANSWERS)
     table = evaluation.side_by_side(models)
-    flat = [{**m, "metrics": m["metrics"][split], "splits": m["metrics"]} for m in models]
+    flat = [{**m, "metrics": m["metrics"][split] | own_figures(m, split), "splits": m["metrics"]} for m in models]
     write_json(
         out / "summary.json",
         {"student": student, "main_split": split, "models": flat, "methods": table[split], "splits": table},
@@ -232,6 +266,7 @@ def write_results(
     write_csv(out / "leaderboard.csv", leaderboard(models))
     write_csv(out / "accuracy_by_order.csv", by_order)
     plots.accuracy_by_order(out / "accuracy_by_order.png", table[split], f"{student}: unseen problems ({split})")
+    plots.accuracy_by_tau(out / "accuracy_by_tau.png", table[split], f"{student}: unseen problems ({split})")
     plots.histogram(out / "histogram.png", table[split], f"{student}: over the orders of a problem ({split})")
     metrics = compact(table, split)
     for method, figures in own_words(models, split).items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput
-from springhead.llm import textfilters
+from springhead.llm import families, textfilters
 from springhead.llm.problems import TRAIN, Problem
 from springhead.llm.textfilters import DECISIONS_SCHEMA, Decision
 from springhead.llm.textrows import Row, read_rows, write_rows
@@ -118,9 +118,16 @@ def figures(before: Sequence[Row], kept: Sequence[Row], decisions: Sequence[Deci
 
 
 def run(stage: Stage[Params]) -> None:
-    """Read rows and problems, apply the rules, write what is left."""
+    """Read rows and problems, apply the rules, write what is left.
+
+    Raises:
+        BadInput: a file is missing or damaged, a public file that the problems are checked against cannot be had, or
+            nothing is left.
+    """
     sources = [stage.input("problems") / name for name in ("train.jsonl", "eval.jsonl")]
     problems = [Problem.from_row(row) for path in sources for row in read_rows(path, {"id": str})]
+    # First, because a rule cannot tell a wrong answer from one that it cannot look up.
+    families.obtain_sources((problem.family, problem.parents) for problem in problems)
     folder = stage.input("generate")
     before = [row for name in ("train.jsonl", "eval.jsonl") for row in read_rows(folder / name, FIELDS)]
     with stage.progress(len(rules(stage.params, problems)), unit="rules") as bar:

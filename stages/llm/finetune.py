@@ -16,11 +16,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from springhead.bounds import at_least
 from springhead.errors import BadInput
 from springhead.jsonio import read_jsonl, write_json, write_jsonl
 from springhead.llm import bash, chat, generation, rac, sft, students
 from springhead.llm.history import run_figures, write_history
 from springhead.llm.packing import Example, Overlong, encode_rows
+from springhead.llm.textrows import spread_evenly
 from springhead.stage import Stage, run_stage
 
 OWN_WORDS = (*bash.METHODS, rac.METHOD)
@@ -40,13 +42,18 @@ class Tuning:
     max_rows: int
     """Use only the first rows of the method; 0 for all."""
     eval_rows: int
-    """Evaluation rows that the evaluation loss is measured on, spread evenly over the file; 0 for none."""
+    """Evaluation rows that the evaluation loss is measured on, spread evenly over the file; 0 for none. Drops and cuts
+    of these are counted in the metrics as well."""
     device: students.Device
     """cpu, cuda or auto. Only the CPU promises equal bytes."""
     sample_rows: int = 0
     """Evaluation prompts that the model answers every `sft.sample_every` steps and at the end; 0 for none."""
     sample_tokens: int = 128
     """Longest of these answers."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_length", "sample_tokens")
+        at_least(0, self, "max_rows", "eval_rows", "sample_rows")
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,6 @@ def rows_of(path: Path, method: str, limit: int) -> list[Row]:
     return chosen[:limit] if limit else chosen
 
 
-def spread_evenly(rows: Sequence[Row], count: int) -> list[Row]:
-    """`count` rows at even distances (all, if there are fewer)."""
-    if count >= len(rows):
-        return list(rows)
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 def source_of(
     method: str,
     params: Params,
@@ -110,12 +110,15 @@ def run(stage: Stage[Params]) -> None:
     tuning = stage.params.students[student]
     base, data = stage.input("students"), stage.input("filter")
     model, tokenizer = students.load(base, tuning.device)
-    chat.check_template(tokenizer, generation.end_texts(model, tokenizer))
+    ends = generation.end_texts(model, tokenizer)
+    chat.check_template(tokenizer, ends)
+    students.check_context(model, tuning.max_length, f"params.yaml: llm.finetune.students.{student}.max_length")
     rows_method = "sft" if method in OWN_WORDS else method
     rows = rows_of(data / "train.jsonl", rows_method, tuning.max_rows)
-    examples, counts = encode_rows(rows, tokenizer, tuning.max_length, tuning.overlong)
+    how = (tokenizer, tuning.max_length, tuning.overlong, ends)
+    examples, counts = encode_rows(rows, *how)
     held_out = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.eval_rows)
-    held_out_examples = encode_rows(held_out, tokenizer, tuning.max_length, tuning.overlong)[0] if held_out else []
+    held_out_examples, held_out_counts = encode_rows(held_out, *how, what="evaluation") if held_out else ([], None)
     asked = spread_evenly(list(read_jsonl(data / "eval.jsonl")), tuning.sample_rows) if tuning.sample_rows else []
     samples = sft.Samples(tokenizer, [row["prompt"] for row in asked], tuning.sample_tokens) if asked else None
     source = source_of(method, stage.params, tuning, examples, model, tokenizer, stage.seed)
@@ -131,7 +134,7 @@ def run(stage: Stage[Params]) -> None:
         write_jsonl(stage.out / "samples.jsonl", [{**s, **facts[s["conversation"]]} for s in samples.taken])
     if source is not None:
         write_json(stage.out / "own_words.json", {"settings": source.identity, "counts": source.state})
-    stage.metrics(run_figures(history, counts))
+    stage.metrics(run_figures(history, counts, held_out_counts))
     stage.dataset(data / "train.jsonl", f"rows-{rows_method}", counts["rows"], "training")
     stage.model(
         stage.out / "model", "language-model", student=student, method=method, rows_of=rows_method, seed=int(seed)

@@ -1,4 +1,4 @@
-"""Turn problems into training and evaluation rows: plain fine-tuning, MEND, optionally RC-Aug.
+"""Turn problems into training and evaluation rows: plain fine-tuning, MEND, optionally RC-Aug and paraphrases.
 
 Writes `train.jsonl` with the rows of every method (field `method`), `eval.jsonl` with every order and redundancy
 variant of each evaluation problem (method "eval", the same for all methods), and `rows.parquet`.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput
-from springhead.llm import mend
+from springhead.llm import mend, paraphrase
 from springhead.llm.families import STORIES
 from springhead.llm.problems import Problem
 from springhead.llm.textrows import Row, read_rows, write_rows
@@ -43,13 +43,12 @@ class Params:
     """Random orders per evaluation problem, beside topological and reversed."""
     eval_redundant: int
     """Redundant statements of the evaluation variants with redundancy; 0 leaves them out."""
+    paraphrase_variants: int = 0
+    """Reworded rows per generated problem beside the original; 0 leaves the method out."""
 
     def __post_init__(self) -> None:
-        low = [
-            name
-            for name in ("variants", "mend_problems", "rc_variants", "eval_random_orders", "eval_redundant")
-            if getattr(self, name) < 0
-        ]
+        counts = ("variants", "mend_problems", "rc_variants", "eval_random_orders", "eval_redundant")
+        low = [name for name in (*counts, "paraphrase_variants") if getattr(self, name) < 0]
         if low:
             raise BadInput(f"llm.generate: {', '.join(low)} must not be negative")
         if self.redundant_max < 1:
@@ -89,6 +88,8 @@ def train_rows(problem: Problem, index: int, params: Params, seed: int) -> list[
         rows += mend.mend_rows(problem, params.variants, operators_for(problem, params), params.redundant_max, seed)
     if params.rc_variants and problem.family == "dag":
         rows += mend.rc_rows(problem, params.rc_variants, seed)
+    if params.paraphrase_variants and problem.family in paraphrase.FAMILIES:
+        rows += paraphrase.rows(problem, params.paraphrase_variants, seed)
     return rows
 
 

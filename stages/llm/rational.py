@@ -4,8 +4,9 @@ Writes `bases.jsonl` (every base prompt with its split), `train.jsonl` with the 
 every form of the held-out prompts, `rows.parquet`, and `yield.csv`: how many prompts of each kind and form got a
 written answer, an answer of the student's own that was accepted, or none.
 
-Without public sets the authored prompts alone are used. With `self_check.tries` above 0 the student is asked for its
-own rationales first (rejection sampling); what it writes acceptably takes the place of the written answer.
+Without public sets the authored prompts alone are used. A public benign prompt is dropped, and counted in the metrics,
+if its answer refuses, or if either looks foreign or holds personal data. With `self_check.tries` above 0 the student is
+asked for its own rationales first (rejection sampling); what it writes acceptably replaces the written answer.
 """
 
 from collections import Counter
@@ -14,11 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from springhead.errors import BadInput
 from springhead.jsonio import write_jsonl
-from springhead.lineage.digests import tree_digest
-from springhead.llm import generation, publicsets, rational, safety_data, students
+from springhead.lineage.digests import json_digest, tree_digest
+from springhead.llm import asking, generation, language, personal, publicsets, rational, safety_data, students
 from springhead.llm.judges import refusal
+from springhead.llm.judges.refusal import RefusalJudge
 from springhead.llm.safety_data import TEST, TRAIN, Base
 from springhead.llm.textrows import Row, write_rows
 from springhead.stage import Stage, run_stage
@@ -28,6 +32,8 @@ Yield = tuple[str, str, int, int, int]
 """Kind, form, and the prompts with a written answer, with one of the student's own, and with none."""
 YIELD = ("kind", "form", "written", "sampled", "none")
 """The columns of `yield.csv`."""
+UNFIT = ("refuses", "foreign", "personal")
+"""Why a public benign prompt is dropped: its answer refuses, or prompt or answer look foreign or personal."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Params:
     there, see `docs/methods/rational.md`."""
     contrast: bool
     """Whether to evaluate over-refusal on CoCoNot's 379 contrast prompts too; their file must be there."""
+    harmbench: bool
+    """Whether to evaluate attacks on HarmBench's 41 standard behaviours too; their file must be there."""
     similarity: float
     """Base prompts this similar are near-duplicates and on one side of the split (Jaccard of words, 0..1)."""
     test_share: float
@@ -95,13 +103,50 @@ class Params:
         )
 
 
-def base_prompts(params: Params, root: Path, seed: int) -> tuple[list[Base], int]:
-    """The base prompts with group and split, and how many were dropped because they give a contrast prompt away."""
+@dataclass(frozen=True)
+class Prompts:
+    """The base prompts with group and split, and how many were dropped."""
+
+    bases: list[Base]
+    leaks: int
+    """Dropped because a training prompt of their group is near one that is kept for evaluation."""
+    unfit: dict[str, int]
+    """Public benign prompts dropped, by reason."""
+
+
+def unfit_answer(goal: Base, judge: RefusalJudge) -> str | None:
+    """The reason, one of `UNFIT`, why a benign prompt and its answer cannot be trained on; None if they can."""
+    if judge.refuses(goal.prompt, goal.response):
+        return "refuses"
+    texts = (goal.prompt, goal.response)
+    if any(map(language.foreign, texts)):
+        return "foreign"
+    return "personal" if any(map(personal.found, texts)) else None
+
+
+def base_prompts(params: Params, root: Path, seed: int) -> Prompts:
+    """The authored prompts and those of the public sets that are asked for.
+
+    Raises:
+        BadInput: a public set is unknown or its file is missing.
+    """
     contrast = publicsets.coconot_contrast(root) if params.contrast else []
-    found = [*safety_data.authored(), *safety_data.public(params.public, root)]
+    attacks = publicsets.harmbench_behaviours(root) if params.harmbench else []
+    judge, unfit = refusal.shipped(), Counter(dict.fromkeys(UNFIT, 0))
+    found = safety_data.authored()
+    for base in safety_data.public(params.public, root):
+        reason = unfit_answer(base, judge) if base.kind == "benign" else None
+        if reason is None:
+            found.append(base)
+        else:
+            unfit[reason] += 1
     placed = safety_data.split(safety_data.grouped(found, params.similarity), params.test_share, seed)
-    kept, dropped = safety_data.without_leaks(placed, [prompt for _, prompt in contrast], params.similarity)
-    return kept + safety_data.contrast_bases(contrast), dropped
+    # Near-duplicates of one prompt need not be near each other, so two groups may still touch across the split.
+    held = [b.prompt for b in placed if b.split == TEST and b.kind != "contrast"]
+    held += [prompt for _, prompt in (*contrast, *attacks)]
+    kept, leaks = safety_data.without_leaks(placed, held, params.similarity)
+    kept += safety_data.contrast_bases(contrast) + safety_data.attack_bases(attacks)
+    return Prompts(kept, leaks, dict(unfit))
 
 
 def sampled_answers(
@@ -112,19 +157,43 @@ def sampled_answers(
     if not check.tries:
         return {}, {}
     source = stage.input("students")
-    model, tokenizer = students.load(source, check.device)
     seen: Counter[str] = Counter()
     asked = []
     for goal in training:
         if not check.max_prompts or seen[goal.kind] < check.max_prompts:
             seen[goal.kind] += 1
             asked.append(goal)
-    decoding = check.decoding(stage.seed)
-    sampler = rational.model_sampler(model, tokenizer, decoding)
-    facts = {key: value for key, value in asdict(decoding).items() if key not in ("batch_rows", "stop")}
-    return rational.self_check(
-        asked, settings, stage.seed, sampler, check.tries, refusal.shipped(), tree_digest(source), facts
-    )
+    model, tokenizer = asking.load(source, check.device)
+    decoding, digest = check.decoding(stage.seed), tree_digest(source)
+    sampler = model_sampler(model, tokenizer, decoding, digest, stage.scratch)
+    facts = {k: value for k, value in asking.described(model, decoding).items() if k not in ("batch_rows", "stop")}
+    return rational.self_check(asked, settings, stage.seed, sampler, check.tries, refusal.shipped(), digest, facts)
+
+
+def model_sampler(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: generation.Decoding,
+    digest: str,
+    scratch: Path,
+) -> rational.Sampler:
+    """The sampler that asks a model here; what a killed run answered is in `scratch` and is not asked again.
+
+    A prompt's draws depend on the prompt and the round, not on its batch. Equal prompts of a round are asked once.
+    """
+
+    def sample(pairs: Sequence[tuple[str, str]], attempt: int) -> list[str]:
+        ids = [json_digest([attempt, *pair]) for pair in pairs]
+        rows = {
+            name: {"id": name, "messages": [{"role": "system", "content": s}, {"role": "user", "content": prompt}]}
+            for name, (s, prompt) in zip(ids, pairs, strict=True)
+        }
+        folder = scratch / f"self-check-{json_digest(list(rows))[:16]}"
+        texts = asking.ask(list(rows.values()), model, tokenizer, decoding, digest, folder)
+        by_id = dict(zip(rows, texts, strict=True))
+        return [by_id[name] for name in ids]
+
+    return sample
 
 
 def yields(
@@ -156,7 +225,8 @@ def figures(
 def run(stage: Stage[Params]) -> None:
     """Gather base prompts, split them, write their rows."""
     settings = stage.params.settings()
-    bases, leaks = base_prompts(stage.params, stage.root, stage.seed)
+    prompts = base_prompts(stage.params, stage.root, stage.seed)
+    bases = prompts.bases
     training = [b for b in bases if b.split == TRAIN]
     sampled, counted = sampled_answers(stage, training, settings)
     train: list[Row] = []
@@ -174,7 +244,8 @@ def run(stage: Stage[Params]) -> None:
     write_csv(stage.out / "yield.csv", [dict(zip(YIELD, line, strict=True)) for line in lines])
     stage.dataset(stage.out / "train.jsonl", "safety-rows-train", len(train), "output")
     stage.dataset(stage.out / "eval.jsonl", "safety-rows-eval", len(evaluation), "output")
-    stage.metrics({**figures(bases, train, evaluation, lines), "leaks_dropped": leaks, "self_check": counted})
+    dropped = {"leaks_dropped": prompts.leaks, "unfit_dropped": prompts.unfit}
+    stage.metrics({**figures(bases, train, evaluation, lines), **dropped, "self_check": counted})
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from springhead import expectations
 from springhead.errors import BadInput
 from springhead.jsonio import read_jsonl
-from springhead.llm import suite
+from springhead.llm import families, suite
 from springhead.stage import Stage, run_stage
 from springhead.tables import read_table
 from springhead.verdicts import verdict
@@ -38,6 +38,12 @@ def problem_splits(folder: Path) -> dict[str, str]:
     return splits
 
 
+def problem_origins(folder: Path) -> list[tuple[str, list[str]]]:
+    """Family and parents of every problem."""
+    rows = (row for name in (suite.TRAIN_FILE, suite.EVAL_FILE) for row in read_jsonl(folder / name))
+    return [(str(row.get("family")), list(map(str, row.get("parents") or ()))) for row in rows]
+
+
 def row_places(path: Path) -> list[tuple[str, int, str]]:
     """File, index and id of each entry of a row table.
 
@@ -56,12 +62,13 @@ def run(stage: Stage[Params]) -> None:
     """Read the rows, validate them, write the verdict.
 
     Raises:
-        BadInput: a file is missing or is not JSON lines.
+        BadInput: a file is missing or is not JSON lines, or a public file that answers are looked up in cannot be had.
         Finding: a critical expectation failed.
     """
     data = stage.input("filter")
     files = {name: list(read_jsonl(data / name)) for name in (suite.TRAIN_FILE, suite.EVAL_FILE)}
     listed = row_places(data / "rows.parquet")
+    families.obtain_sources(problem_origins(stage.input("problems")))
     frames = suite.frames(files, listed, problem_splits(stage.input("problems")), stage.params)
     outcomes = expectations.judge(suite.SUITE, frames, stage.out / "data_docs")
     found = verdict(suite.SUITE, frames, outcomes, data, sum(map(len, files.values())))

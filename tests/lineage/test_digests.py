@@ -68,6 +68,16 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         list(read_jsonl(path))
 
 
+@pytest.mark.fault
+def test_rows_that_are_not_utf8_or_not_there_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' * 3 + '{"text": "Müller"}\n'.encode("latin-1"))
+    with pytest.raises(BadInput, match=r"rows.jsonl:4: not valid UTF-8 .*write the file in UTF-8"):
+        list(read_jsonl(path))
+    with pytest.raises(BadInput, match=r"mine.jsonl: no such file; check the path"):
+        list(read_jsonl(tmp_path / "mine.jsonl"))
+
+
 @pytest.mark.unit
 def test_bytecode_counts_in_data_and_not_in_code(tmp_path: Path) -> None:
     """Importing from a folder of code makes bytecode there, which is no change of the code; in data it is one."""

@@ -9,6 +9,7 @@ from springhead.lineage.digests import tree_digest
 from springhead.llm import answers, vllm_engine
 from springhead.llm.answers import read_answers, torch_engine, write_answers
 from springhead.llm.generation import Answer, Decoding
+from springhead.params import load
 from tests.llm.tiny import ROWS, save_tiny
 
 pytestmark = pytest.mark.unit
@@ -27,10 +28,10 @@ def engine(model: Path) -> answers.Engine:
 
 
 def test_every_answer_names_its_row_its_model_and_how_it_was_decoded(model: Path, engine, tmp_path: Path) -> None:
-    path = write_answers(ASKED, engine, "d1", SAMPLED, tmp_path / "out", samples=2, shard_rows=3)
+    path = write_answers(ASKED, engine, "d1", "t1", SAMPLED, tmp_path / "out", samples=2, shard_rows=3)
     lines = list(read_answers(path))
     assert [(line["parents"], line["sample"]) for line in lines] == [([r["id"]], k) for r in ASKED for k in (0, 1)]
-    assert {line["model"] for line in lines} == {"d1"}
+    assert {(line["model"], line["template"]) for line in lines} == {("d1", "t1")}
     assert lines[0]["decoding"] == {
         "max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3, "stop": [],
     }  # fmt: skip
@@ -41,7 +42,7 @@ def test_every_answer_names_its_row_its_model_and_how_it_was_decoded(model: Path
 
 def test_the_text_of_a_row_depends_on_nothing_but_its_request(engine, tmp_path: Path) -> None:
     def texts(rows, folder: str, shard_rows: int) -> dict[str, str]:
-        path = write_answers(rows, engine, "d1", SAMPLED, tmp_path / folder, shard_rows=shard_rows)
+        path = write_answers(rows, engine, "d1", "t1", SAMPLED, tmp_path / folder, shard_rows=shard_rows)
         return {line["parents"][0]: line["text"] for line in read_answers(path)}
 
     whole = texts(ASKED, "a", 4)
@@ -60,13 +61,13 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(engine, tmp_path: Path)
             raise KeyboardInterrupt
         return engine(conversations, keys)
 
-    whole = write_answers(ASKED, engine, "d1", SAMPLED, tmp_path / "whole", shard_rows=1)
+    whole = write_answers(ASKED, engine, "d1", "t1", SAMPLED, tmp_path / "whole", shard_rows=1)
     with pytest.raises(KeyboardInterrupt):
-        write_answers(ASKED, counted, "d1", SAMPLED, tmp_path / "cut", shard_rows=1)
+        write_answers(ASKED, counted, "d1", "t1", SAMPLED, tmp_path / "cut", shard_rows=1)
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
         "run.json", "shard-00000.jsonl", "shard-00001.jsonl",
     ]  # fmt: skip
-    again = write_answers(ASKED, counted, "d1", SAMPLED, tmp_path / "cut", shard_rows=1)
+    again = write_answers(ASKED, counted, "d1", "t1", SAMPLED, tmp_path / "cut", shard_rows=1)
     assert calls == [1] * 5  # two, the killed one, and two more
     assert again.read_bytes() == whole.read_bytes()
 
@@ -74,10 +75,10 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(engine, tmp_path: Path)
 @pytest.mark.fault
 def test_other_requests_and_changed_answers_are_refused(engine, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    path = write_answers(ASKED, engine, "d1", SAMPLED, out)
-    for rows, digest in ((ASKED[1:], "d1"), (ASKED, "d2")):
+    path = write_answers(ASKED, engine, "d1", "t1", SAMPLED, out)
+    for rows, digest, template in ((ASKED[1:], "d1", "t1"), (ASKED, "d2", "t1"), (ASKED, "d1", "t2")):
         with pytest.raises(BadInput, match="holds the answers of another run"):
-            write_answers(rows, engine, digest, SAMPLED, out)
+            write_answers(rows, engine, digest, template, SAMPLED, out)
     lines = path.read_text().splitlines()
     changed = {**json.loads(lines[1]), "text": "I refuse."}
     path.write_text("\n".join([lines[0], json.dumps(changed)]) + "\n")
@@ -86,17 +87,17 @@ def test_other_requests_and_changed_answers_are_refused(engine, tmp_path: Path) 
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("x")
     with pytest.raises(BadInput, match=r"is not empty and has no run\.json"):
-        write_answers(ASKED, engine, "d1", SAMPLED, tmp_path / "full")
+        write_answers(ASKED, engine, "d1", "t1", SAMPLED, tmp_path / "full")
 
 
 @pytest.mark.fault
 def test_bad_requests_are_named(engine, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="all different"):
-        write_answers([*ASKED, ASKED[0]], engine, "d", SAMPLED, tmp_path)
+        write_answers([*ASKED, ASKED[0]], engine, "d", "t1", SAMPLED, tmp_path)
     with pytest.raises(BadInput, match="at temperature 0 all are the same"):
-        write_answers(ASKED, engine, "d", Decoding(), tmp_path, samples=2)
+        write_answers(ASKED, engine, "d", "t1", Decoding(), tmp_path, samples=2)
     with pytest.raises(BadInput, match="row z: needs a 'prompt' or 'messages'"):
-        write_answers([{"id": "z", "question": "?"}], engine, "d", SAMPLED, tmp_path)
+        write_answers([{"id": "z", "question": "?"}], engine, "d", "t1", SAMPLED, tmp_path)
     with pytest.raises(BadInput, match="row z: needs a 'prompt' or 'messages'"):
         answers.conversation_of({"id": "z", "messages": [{"role": "assistant", "content": "x"}]})
 
@@ -110,6 +111,15 @@ def test_the_command_answers_a_file(model: Path, tmp_path: Path, capsys) -> None
     lines = list(read_answers(Path(capsys.readouterr().out.strip())))
     assert [line["parents"] for line in lines] == [[f"rows.jsonl:{k}"] for k in (1, 2, 3, 4)]
     assert {line["model"] for line in lines} == {tree_digest(model)}
+    own = {line["template"] for line in lines}
+    # The same again goes on, another template is another run.
+    assert answers.main([str(tmp_path / "answers.yaml")]) == 0
+    (tmp_path / "answers.yaml").write_text(yaml.safe_dump({**settings, "chat_template": "plain"}))
+    assert answers.main([str(tmp_path / "answers.yaml")]) == 2
+    assert "holds the answers of another run" in capsys.readouterr().err
+    plain = {**settings, "chat_template": "plain", "out": str(tmp_path / "plain")}
+    assert answers.run(load(answers.Settings, plain, "x")).parent == tmp_path / "plain"
+    assert {line["template"] for line in read_answers(tmp_path / "plain/answers.jsonl")} != own
     (tmp_path / "answers.yaml").write_text(yaml.safe_dump({**settings, "backend": "llama.cpp"}))
     assert answers.main([str(tmp_path / "answers.yaml")]) == 2
     assert "backend: 'llama.cpp' is not one of 'torch', 'vllm'" in capsys.readouterr().err
@@ -119,6 +129,13 @@ def test_the_command_answers_a_file(model: Path, tmp_path: Path, capsys) -> None
 def test_without_vllm_its_back_end_says_what_to_do(model: Path) -> None:
     with pytest.raises(BadInput, match=r"backend vllm: .*; use backend torch"):
         vllm_engine.VllmEngine(model, SAMPLED)
+
+
+@pytest.mark.fault
+def test_vllm_takes_no_other_template_than_the_models_own() -> None:
+    values = {"model": "m", "rows": "r", "out": "o", "decoding": {}, "backend": "vllm", "chat_template": "chatml"}
+    with pytest.raises(BadInput, match=r"answers\.yaml: chat_template 'chatml': backend vllm .*; set it to own"):
+        load(answers.Settings, values, "answers.yaml")
 
 
 def test_vllm_is_asked_for_what_the_torch_back_end_does() -> None:

@@ -11,7 +11,7 @@ from springhead.llm.bash import Bash, BashConfig, Draft, Vocabulary, of_method, 
 from springhead.llm.packing import Example, encode_rows, pack
 from springhead.llm.sft import SftConfig
 from tests.llm.runs import check_resuming
-from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
+from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 TRAINING = SftConfig(steps=8, batch_tokens=60, learning_rate=1e-2)
@@ -20,7 +20,7 @@ ALL = BashConfig(beta_from=1.0, beta_to=1.0, share=1.0, refresh=3)
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return encode_rows(ROWS, tiny_tokenizer(), 128, "error")[0]
+    return encode_rows(ROWS, tiny_tokenizer(), 128, "error", ENDS)[0]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_prompt_first_token_end_sign_and_by_option_digits_are_never_replaced(exa
     # In a conversation the first token of every answer is kept.
     turns = [("user", "Ana"), ("assistant", "3 + 2"), ("user", "Ben"), ("assistant", "5 .")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    example = encode_rows([row], tiny_tokenizer(), 128, "error")[0][0]
+    example = encode_rows([row], tiny_tokenizer(), 128, "error", ENDS)[0][0]
     assert texts(np.array(example.ids)[replaceable(example, vocabulary)]) == ["+", "2", "."]
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from springhead import versions
+from springhead.lineage.digests import tree_digest
 from springhead.llm import chat_server, generation, students
 from springhead.llm.generation import Decoding
 from tests.llm.tiny import ROWS, save_tiny
@@ -99,3 +102,33 @@ def test_a_bad_request_gets_a_reason_and_the_server_goes_on(address: str, body: 
     assert reason in answer["error"]["message"]
     assert ask(address, question(1, max_tokens=2))[0] == 200
     assert ask(address, {}, "/v1/completions")[0] == 404
+
+
+def test_an_alias_of_the_registry_is_downloaded_checked_and_served(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, Path, str]] = []
+
+    def download(root: Path, state: Path, ref: str, target: Path) -> Path:
+        asked.append((root, state, ref))
+        shutil.copytree(folder, target)
+        return target
+
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPRINGHEAD_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(versions, "download", download)
+    with chat_server.found("models:/mend-tiny@champion") as got:
+        made = chat_server.server(got, "127.0.0.1", 0, "cpu")
+    # The folder is gone; the model is in memory, under the name of the registered model.
+    assert asked == [(tmp_path, tmp_path / "state", "models:/mend-tiny@champion")]
+    assert not got.exists()
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    status, answer = ask(f"http://127.0.0.1:{made.server_address[1]}", question(0, max_tokens=3, temperature=0))
+    made.shutdown()
+    made.server_close()
+    assert status == 200
+    assert answer["model"] == f"mend-tiny-{tree_digest(folder)[:12]}"
+    with chat_server.found(str(folder)) as got:
+        assert got == folder

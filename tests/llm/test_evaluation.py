@@ -1,14 +1,16 @@
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from springhead import gates
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
-from springhead.llm import evaluation, mend, problems, students
+from springhead.llm import evaluation, generation, mend, problems, students
 from springhead.llm.bash import BashConfig
 from springhead.llm.rac import RacConfig
 from springhead.llm.sft import SftConfig
@@ -75,8 +77,14 @@ def test_split_metrics_by_order_ops_and_redundancy():
     assert metrics["redundancy"] == {"0": pytest.approx(7 / 16), "2": 0.0}
     assert metrics["ops"] == {"2": pytest.approx(7 / 12), "3": 0.0}
     assert metrics["problems"] == 4
-    low, high = metrics["worst_case_interval"]
-    assert 0.0 <= low < 0.25 < high <= 1.0
+    for name in ("worst_case", "accuracy", "consistency"):
+        low, high = metrics[f"{name}_interval"]
+        assert 0.0 <= low < metrics[name] < high <= 1.0
+    assert metrics["tau"] == {
+        "-1.0 to -0.6": metrics["order"]["reversed"],
+        "-0.2 to 0.2": metrics["order"]["random"],
+        "0.6 to 1.0": metrics["order"]["topological"],
+    }
     with pytest.raises(BadInput, match="without redundancy are missing"):
         evaluation.split_metrics(redundant, 0)
 
@@ -88,6 +96,34 @@ def test_accuracy_by_order_pools_random_orders_and_keeps_splits_apart():
     assert cells["id", "random"]["accuracy"] == pytest.approx(0.5)
     assert cells["id", "reversed"]["kendall_tau"] == -1.0
     assert cells["ood", "reversed"]["accuracy"] == 1.0
+
+
+def test_accuracy_by_bins_of_tau_keeps_random_orders_apart():
+    taus = [-1.0, -0.6, -1 / 3, -0.2, 0.0, 0.2, 1 / 3, 0.6, 1.0]
+    orders = [row("a", f"random-{i}", "5" if tau > 0 else "4", kendall_tau=tau) for i, tau in enumerate(taus)]
+    table = evaluation.accuracy_by_tau([*orders, row("a", "reversed", "5", redundancy=1)])
+    plain = [line for line in table if line["redundancy"] == 0]
+    assert [line["tau"] for line in plain] == list(evaluation.TAU_BINS)
+    assert [line["rows"] for line in plain] == [1, 2, 2, 2, 2]
+    assert [line["accuracy"] for line in plain] == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert all(line["low"] <= line["accuracy"] <= line["high"] for line in plain)
+    assert plain[3]["kendall_tau"] == pytest.approx((0.2 + 1 / 3) / 2)
+    assert [(line["redundancy"], line["rows"]) for line in table[5:]] == [(1, 1)]
+
+
+def test_intervals_of_correction_redraw_whole_problems():
+    problems_of = [f"p{i // 4}" for i in range(80)]
+    before = [i % 4 < 2 for i in range(80)]
+    after = [i % 4 < 3 for i in range(80)]
+    found = evaluation.correction_intervals(problems_of, before, after)
+    # All problems are alike, so drawing others changes nothing.
+    assert found == {
+        "plain": [0.5, 0.5], "corrected": [0.75, 0.75], "wrong_to_right": [0.5, 0.5], "right_to_wrong": [0.0, 0.0],
+    }  # fmt: skip
+    mixed = evaluation.correction_intervals([f"p{i}" for i in range(80)], before, after)
+    low, high = mixed["wrong_to_right"]
+    assert low < 0.5 < high
+    assert evaluation.correction_intervals(["a"], [True], [True])["wrong_to_right"] == [0.0, 0.0]
 
 
 def test_intervals():
@@ -103,7 +139,7 @@ def test_intervals():
 def test_side_by_side_spreads_over_seeds():
     def model(method: str, seed: int, worst: float) -> dict[str, Any]:
         names = [n for n in evaluation.SIDE_BY_SIDE if n != "worst_case"]
-        metrics = dict.fromkeys(names, 0.5) | {"worst_case": worst, "order": {"reversed": worst}}
+        metrics = dict.fromkeys(names, 0.5) | {"worst_case": worst, "order": {"reversed": worst}, "tau": {}}
         return {"method": method, "seed": seed, "metrics": {"id": metrics | {"all_variants": {"worst_case": 0.0}}}}
 
     table = evaluation.side_by_side([model("mend", 0, 0.6), model("mend", 1, 0.8), model("base", -1, 0.1)])["id"]
@@ -202,9 +238,53 @@ def test_evaluate_stage_examines_base_and_all_tuned_models(world: Path, tmp_path
     share = sum(a["right"] for a in answers if a["method"] == "base" and a["redundancy"] == 0) / 6
     assert summary["models"][0]["metrics"]["accuracy"] == pytest.approx(share)
     assert len(list(csv.DictReader((stage.out / "leaderboard.csv").open()))) == 4
-    assert (stage.out / "accuracy_by_order.png").read_bytes()[:4] == b"\x89PNG"
+    for figure in ("accuracy_by_order.png", "accuracy_by_tau.png"):
+        assert (stage.out / figure).read_bytes()[:4] == b"\x89PNG"
+    bins = list(csv.DictReader((stage.out / "accuracy_by_tau.csv").open()))
+    assert {line["tau"] for line in bins} <= set(evaluation.TAU_BINS)
+    assert sum(int(line["rows"]) for line in bins) == len(answers)
+    assert set(summary["methods"]["mend"]["tau"]) == {line["tau"] for line in bins if line["redundancy"] == "0"}
+    board = list(csv.DictReader((stage.out / "leaderboard.csv").open()))
+    assert all(float(line["consistency_low"]) <= float(line["consistency"]) for line in board)
     assert set(stage.record.metrics) == {"base", "sft", "mend", "mend_lead_over_base", "mend_lead_over_sft"}
     assert tree_digest(run("again").out) == tree_digest(stage.out)
+    # Shards change no text: it is that of one call with all rows.
+    model, tokenizer = students.load(world / "students")
+    rows = evaluate.exam_rows(world / "filter/eval.jsonl", params.students["small-llama"])
+    plain = generation.generate(model, tokenizer, [r["prompt"] for r in rows], generation.Decoding(8, 16))
+    assert [a["text"] for a in answers if a["method"] == "base"] == plain
+    how = {"max_new_tokens": 8, "batch_rows": 16, "temperature": 0.0, "device": "cpu", "dtype": "float32"}
+    assert how.items() <= json.loads(answers[0]["decoding"]).items()
+    assert how.items() <= summary["models"][0]["decoding"].items()
+
+
+def test_a_killed_evaluation_does_not_ask_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tuned = tmp_path / "finetune"
+    for method in ("sft", "rac"):
+        tune(world, tuned / method / "0", method, 0)
+    inputs = {"students": world / "students", "filter": world / "filter", "finetune": tuned}
+    params = evaluate.Params("id", {"small-llama": Exam(0, True, 8, 5, "cpu")})
+    whole = for_test(params, tmp_path / "whole", inputs, {"student": "small-llama"}, 0, "llm", "evaluate")
+    evaluate.run(whole)
+    answer_ids, batches = generation.answer_ids, []
+
+    def counted(*arguments: Any, **more: Any) -> list[generation.Answer]:
+        batches.append(len(arguments[1]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return answer_ids(*arguments, **more)
+
+    monkeypatch.setattr(generation, "answer_ids", counted)
+    stage = for_test(params, tmp_path / "killed", inputs, {"student": "small-llama"}, 0, "llm", "evaluate")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(stage)
+    evaluate.run(stage)
+    # Base and sft have 18 rows each in batches of 5; the third of the base was killed. RAC answers all rows twice.
+    assert batches == [5, 5, 5, *[5, 3], *[5, 5, 5, 3], 18, 18]
+    assert tree_digest(stage.out) == tree_digest(whole.out)
+    batches.clear()
+    evaluate.run(stage)
+    assert batches == []
 
 
 def test_evaluate_stage_measures_the_gap_and_what_correction_changed(world: Path, tmp_path: Path):
@@ -219,11 +299,20 @@ def test_evaluate_stage_measures_the_gap_and_what_correction_changed(world: Path
     assert all(model["free_running"]["rows"] == 2 for model in models.values())
     assert set(models["rac"]["correction"]["id"]) == {"plain", "corrected", "wrong_to_right", "right_to_wrong"}
     assert "correction" not in models["sft"]
+    for name, (low, high) in models["rac"]["correction_intervals"]["id"].items():
+        assert low <= models["rac"]["correction"]["id"][name] <= high
     right = [a["right"] for a in read_table(stage.out / "answers.parquet").to_pylist() if a["method"] == "rac"]
     assert models["rac"]["correction"]["id"]["plain"] == pytest.approx(sum(right) / len(right))
     figures = stage.record.metrics
     assert figures["sft"]["free_running_gap"] == models["sft"]["free_running"]["gap"]
     assert figures["rac"]["corrected"] == models["rac"]["correction"]["id"]["corrected"]
+    # What the gates of BASH and RAC look at is there, for the model and for what it is compared with.
+    for family, method in (("bash", "sft"), ("rac", "rac")):
+        rules = gates.read_rules(Path(__file__).parents[2])[family]
+        for metric in (rules.choose, *(bound.metric for bound in rules.bounds)):
+            assert isinstance(models[method]["metrics"][metric], float), metric
+    gain = models["rac"]["metrics"]["corrected"] - models["rac"]["correction"]["id"]["plain"]
+    assert models["rac"]["metrics"]["corrected_gain"] == pytest.approx(gain)
     lines = list(csv.DictReader((stage.out / "free_running.csv").open()))
     assert {line["method"] for line in lines} == {"base", "sft", "rac"}
     assert [line["place"] for line in lines if line["method"] == "sft"] == [str(i) for i in range(len(lines) // 3)]

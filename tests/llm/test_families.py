@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from springhead.errors import BadInput
-from springhead.llm import gsm8k, mend, prontoqa
+from springhead.llm import families, gsm8k, mend, prontoqa
 from springhead.llm.families import READERS, reader
 from springhead.llm.problems import Problem
 from springhead.llm.textfilters import answer
-from springhead.sources import obtain
+from springhead.sources import SourceError, obtain
 from stages.llm.problems import Params, Public, add_public
 
 pytestmark = pytest.mark.unit
@@ -128,6 +128,38 @@ def test_rows_of_both_pass_the_answer_filter_and_wrong_ones_do_not(
     assert all(decision.kept for decision in answer(rows))
     wrong = [{**row, "answer": "True" if row["answer"] == "False" else "False"} for row in rows[:4]]
     assert not any(decision.kept for decision in answer(wrong))
+
+
+def test_only_the_parts_of_gsm8k_in_use_are_needed(
+    stories: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_bytes(obtain("gsm8k-test").read_bytes())
+    monkeypatch.setenv("SPRINGHEAD_SOURCES", str(tmp_path))
+    monkeypatch.setenv("SPRINGHEAD_HOME", str(tmp_path / "home"))
+    origins = [(p.family, p.parents) for p in stories]
+    rows = [row for p in stories[:5] for row in mend.eval_rows(p, 1, 0, 0)]
+    gsm8k._published.cache_clear()
+    try:
+        families.obtain_sources(origins)
+        assert all(decision.kept for decision in answer(rows))
+        assert not answer([{**rows[0], "prompt": rows[0]["prompt"].replace("?", " now?")}])[0].kept
+        with pytest.raises(SourceError, match=r"source 'gsm8k-train' is missing"):
+            families.obtain_sources([*origins, (gsm8k.FAMILY, ("gsm8k-train/7",))])
+        # Without any part at hand an answer cannot be looked up, which makes it no wrong one.
+        (tmp_path / "gsm8k/test.jsonl").unlink()
+        gsm8k._published.cache_clear()
+        with pytest.raises(SourceError, match=r"source 'gsm8k-train' is missing"):
+            answer(rows)
+        with pytest.raises(SourceError, match=r"source 'gsm8k-test' is missing"):
+            families.obtain_sources(origins)
+    finally:
+        gsm8k._published.cache_clear()
+
+
+def test_families_without_a_look_up_need_no_file(proofs: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRINGHEAD_SOURCES", "/nowhere")
+    families.obtain_sources([("dag", ()), (prontoqa.FAMILY, proofs[0].parents)])
 
 
 def test_public_problems_join_their_splits_once(proofs: list[Problem]) -> None:

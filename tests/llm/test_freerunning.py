@@ -9,7 +9,7 @@ from springhead.llm.generation import Decoding
 from springhead.llm.packing import Example, encode_rows
 from springhead.llm.sft import SftConfig
 from springhead.llm.teacher import target_losses
-from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
+from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 EOS = 1
@@ -17,7 +17,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return encode_rows(ROWS, tiny_tokenizer(), 128, "error")[0]
+    return encode_rows(ROWS, tiny_tokenizer(), 128, "error", ENDS)[0]
 
 
 def losses_of(model, context: list[int], targets: list[int]) -> list[float]:

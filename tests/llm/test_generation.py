@@ -6,7 +6,7 @@ from springhead.llm import generation, sft
 from springhead.llm.decoders import decoder_for
 from springhead.llm.generation import Decoding, generate, generate_ids
 from springhead.llm.packing import encode_rows
-from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
+from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 PROMPTS = [row["prompt"] for row in ROWS]
@@ -67,7 +67,7 @@ def test_top_p_draws_only_from_the_nucleus_with_the_right_frequencies():
 
 def test_rows_stop_at_the_end_sign_and_the_others_go_on():
     tokenizer = tiny_tokenizer()
-    examples, _ = encode_rows(ROWS, tokenizer, 128, "error")
+    examples, _ = encode_rows(ROWS, tokenizer, 128, "error", ENDS)
     config = sft.SftConfig(steps=120, batch_tokens=200, learning_rate=1e-2)
     model, _ = sft.train(tiny_model(), examples, [], config, 0)
     texts = generate(model, tokenizer, PROMPTS, Decoding(40, 4))
@@ -153,8 +153,10 @@ def test_nucleus_wider_than_the_short_list_is_sorted_whole():
 def test_a_prompt_longer_than_the_context_is_named_and_an_answer_ends_with_it():
     tokenizer = tiny_tokenizer()
     short = tiny_model(max_position_embeddings=24, spread=0.6).eval()
-    with pytest.raises(BadInput, match="prompt 1: 41 tokens leave no room in the model's context of 24"):
+    with pytest.raises(BadInput, match="prompt 1: 41 tokens leave no room in the model's context of 24 for an answer"):
         generate(short, tokenizer, ["Ana", "Ana " * 40], Decoding())
+    with pytest.raises(BadInput, match=r"row b/0: 41 tokens leave no room .*; shorten or remove it, or use a model"):
+        generation.answer(short, tokenizer, ["Ana", "Ana " * 40], Decoding(), keys=["a/0", "b/0"])
     answer = generation.answer(short, tokenizer, ["Ana " * 17], Decoding(100))[0]
     assert len(answer.ids) <= 24 - 18
 

@@ -1,10 +1,7 @@
 """Coherence, usefulness, agreement of the two parts of an answer, and an LLM judge behind a real local server."""
 
-import http.server
-import json
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ import pytest
 from springhead.errors import BadInput
 from springhead.llm import rationale
 from springhead.llm.judges import quality, refusal, remote
+from tests.llm.judge_server import Server, completion, running
 
 # -- the two parts of an answer --------------------------------------------------------------------
 
@@ -131,50 +129,11 @@ def test_an_answer_is_useful_only_if_it_is_long_and_about_the_goal() -> None:
 
 # -- an LLM as judge -------------------------------------------------------------------------------
 
-Reply = Callable[[int], tuple[int, bytes]]
-
-
-class Server:
-    """A chat-completions server that says what the test told it to, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.reply: Reply = lambda _: completion("A")
-        self.asked: list[tuple[str, dict[str, str], Any]] = []
-        self.pause = 0.0
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append((self.path, dict(self.headers), body))
-                time.sleep(outer.pause)
-                status, content = outer.reply(len(outer.asked))
-                self.send_response(status)
-                if status == 302:
-                    self.send_header("Location", "http://127.0.0.1:9/elsewhere")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
-def completion(text: str) -> tuple[int, bytes]:
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    found = Server()
-    thread = threading.Thread(target=found.http.serve_forever, daemon=True)
-    thread.start()
-    yield found
-    found.http.shutdown()
-    found.http.server_close()
+    with running() as found:
+        yield found
 
 
 def ask(server: Server, **changes: Any) -> tuple[str, list[float]]:
@@ -232,3 +191,38 @@ def test_a_slow_or_absent_server_and_a_missing_key_are_named(server: Server, mon
         ask(server, key_variable="JUDGE_KEY")
     with pytest.raises(BadInput, match="no http or https address"):
         ask(server, url="file:///etc/passwd")
+    with pytest.raises(BadInput, match="no user, password or query"):
+        ask(server, url="http://me:secret@127.0.0.1:9/v1")
+
+
+@pytest.mark.unit
+def test_opinions_are_kept_and_not_asked_for_again(server: Server, tmp_path: Path) -> None:
+    endpoint = remote.Endpoint(server.url, "judge-1", retries=0, parallel=1)
+    pairs = [("How?", "No."), ("Why?", "Because."), ("How?", "No."), ("When?", "Perhaps.")]
+    server.reply = lambda n: completion("BA"[n - 1]) if n < 3 else (500, b"")
+    with pytest.raises(BadInput, match="1 tries failed, the last with: status 500"):
+        remote.opinions(endpoint, pairs, tmp_path / "kept.jsonl")
+    with (tmp_path / "kept.jsonl").open("ab") as file:
+        file.write(b'["cut sho')
+    server.asked.clear()
+    server.reply = lambda _: completion("C")
+    found = remote.opinions(endpoint, pairs, tmp_path / "kept.jsonl")
+    assert found == ["refusal", "compliance", "refusal", "partial"]
+    assert len(server.asked) == 1
+    assert remote.opinions(endpoint, pairs, tmp_path / "kept.jsonl") == found
+    assert len(server.asked) == 1
+
+
+@pytest.mark.unit
+def test_agreement_and_kappa_by_hand() -> None:
+    said = ["refusal"] * 4 + ["partial"] + ["compliance"] * 4 + ["refusal", None]
+    refused = [True] * 4 + [False] + [False] * 4 + [False, True]
+    found = remote.agreement(refused, said)
+    # Of ten rows 8 agree; one judge refuses 4, the other 6: by chance .4 x .6 + .6 x .4 = .48 would.
+    assert (found["rows"], found["agreement"]) == (10, 0.8)
+    assert found["kappa"] == pytest.approx((0.8 - 0.48) / (1 - 0.48))
+    counts = {name: found[name] for name in ("both", "neither", "judge_only", "llm_only", "partial")}
+    assert counts == {"both": 4, "neither": 4, "judge_only": 0, "llm_only": 2, "partial": 1}
+    assert found["low"] < 0.8 < found["high"]
+    assert remote.agreement([True, True], ["refusal", "partial"])["kappa"] is None
+    assert remote.agreement([True], [None])["rows"] == 0

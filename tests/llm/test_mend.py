@@ -134,3 +134,11 @@ def test_bad_requests_are_named(drawn: list[Problem]) -> None:
 )
 def test_final_answer(text: str, answer: str | None) -> None:
     assert mend.final_answer(text) == answer
+
+
+def test_a_gold_completion_ends_with_its_one_answer() -> None:
+    assert mend.ends_with_answer("Ana = 5. Answer: 5", "5")
+    for text in ("Ana = 5", "Answer: 15", "Answer: 5.", "Answer: 5 Answer: 5", "Answer: 5. Answer: 7 and call me"):
+        assert not mend.ends_with_answer(text, "5")
+    # What a model writes is still graded by its first answer.
+    assert mend.final_answer("Answer: 5. Answer: 7 and call me") == "5"

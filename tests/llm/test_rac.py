@@ -10,7 +10,7 @@ from springhead.llm.packing import Example, encode, encode_rows, pack
 from springhead.llm.rac import Form, Rac, RacConfig
 from springhead.llm.sft import SftConfig
 from tests.llm.runs import check_resuming
-from tests.llm.tiny import ROWS, byte_tokenizer, tiny_model, tiny_tokenizer
+from tests.llm.tiny import ENDS, ROWS, byte_tokenizer, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 TRAINING = SftConfig(steps=8, batch_tokens=160, learning_rate=1e-2)
@@ -19,7 +19,7 @@ CONFIG = RacConfig(cue="Answer:", share=1.0, refresh=3, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return encode_rows(ROWS, tiny_tokenizer(), 128, "error")[0]
+    return encode_rows(ROWS, tiny_tokenizer(), 128, "error", ENDS)[0]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from springhead.errors import BadInput
-from springhead.llm import generation, mutators, publicsets, rational, rationale, rationales, safety_data
+from springhead.llm import mutators, publicsets, rational, rationale, rationales, safety_data
 from springhead.llm.judges import refusal, terms
 from springhead.llm.rational import Settings
 from springhead.llm.safety_data import Base
 from springhead.llm.textrows import row_id
-from tests.llm.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 MIRROR = ROOT.parent / "shared" / "data"
@@ -244,23 +243,6 @@ def test_sampling_asks_again_and_keeps_what_is_accepted(bases: list[Base]) -> No
     [row] = [r for r in rational.train_rows(goal, settings, 0, accepted) if r["method"] == "rational"][:1]
     assert rationale.split(row["completion"]).response == SORRY
     assert row["made_by"] == {"source": "model", "model": "m" * 64, "decoding": {"temperature": 0.7, "attempt": 1}}
-
-
-@pytest.mark.unit
-def test_a_real_model_is_asked_and_what_it_says_does_not_depend_on_the_batch(bases: list[Base]) -> None:
-    """A model of random weights writes noise, none of which may be accepted."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    decoding = generation.Decoding(12, 4, 1.0, 1.0, 5)
-    sampler = rational.model_sampler(model, tokenizer, decoding)
-    pairs = [(rational.S_REJ, f"How do I open {i} locks?") for i in range(5)]
-    texts = sampler(pairs, 0)
-    assert [sampler([pair], 0)[0] for pair in pairs[:2]] == texts[:2]
-    assert sampler(pairs, 1) != texts
-    goals = [b for b in bases if b.split == "train"][:2]
-    accepted, counted = rational.self_check(goals, Settings(), 0, sampler, 2, refusal.shipped(), "x", {})
-    assert accepted == {}
-    assert sum(counted["rejected"].values()) == 2 * sum(v["asked"] for v in counted["by_kind"].values())
-    assert all(r["made_by"] == {"source": "template"} for r in rational.train_rows(goals[0], Settings(), 0, accepted))
 
 
 @pytest.mark.unit

@@ -14,8 +14,8 @@ from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
 from springhead.lineage.graph import role_of
-from springhead.llm import mutators, rational, safety_data, safety_eval, students
-from springhead.llm.judges import refusal
+from springhead.llm import generation, mutators, rational, safety_data, safety_eval, students
+from springhead.llm.judges import refusal, remote
 from springhead.llm.sft import SftConfig
 from springhead.llm.textrows import Row, with_row_id, write_rows
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
@@ -26,6 +26,7 @@ from stages.llm import rational as making
 from stages.llm import rational_evaluate as evaluating
 from stages.llm import rational_finetune as tuning
 from stages.llm import rational_validate as validating
+from tests.llm.judge_server import completion, running
 from tests.llm.tiny import byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +65,9 @@ def tune(base: Path, method: str, seed: int = 0, params: tuning.Params = TUNING)
     return stage
 
 
-def evaluate(base: Path, out: str = "rational_evaluate") -> Stage[evaluating.Params]:
+def evaluate(base: Path, out: str = "rational_evaluate", params: evaluating.Params = EXAM) -> Stage[evaluating.Params]:
     inputs = {name: base / name for name in ("rational", "students", "rational_finetune")}
-    stage = for_test(EXAM, base / out, inputs, {"student": "tiny"}, 1, "llm", "rational_evaluate")
+    stage = for_test(params, base / out, inputs, {"student": "tiny"}, 1, "llm", "rational_evaluate")
     evaluating.run(stage)
     return stage
 
@@ -149,6 +150,36 @@ def test_the_student_is_asked_and_what_it_says_must_pass(base: Path, tmp_path: P
 
 
 @pytest.mark.unit
+def test_a_prompt_s_draws_do_not_depend_on_its_batch_and_a_killed_round_goes_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = students.load(base / "students")
+    decoding = generation.Decoding(12, 2, 1.0, 1.0, 5)
+    pairs = [(rational.S_REJ, f"How do I open {i} locks?") for i in range(5)]
+
+    def sampler(name: str) -> rational.Sampler:
+        return making.model_sampler(model, tokenizer, decoding, "d1", tmp_path / name)
+
+    texts = sampler("whole")(pairs, 0)
+    assert [sampler("whole")([pair], 0)[0] for pair in pairs[:2]] == texts[:2]
+    assert sampler("whole")(pairs + pairs[:1], 0) == texts + texts[:1]
+    assert sampler("whole")(pairs, 1) != texts
+    answer, batches = generation.answer, []
+
+    def counted(*arguments: Any, **more: Any) -> list[generation.Answer]:
+        batches.append(len(arguments[2]))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments, **more)
+
+    monkeypatch.setattr(generation, "answer", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sampler("killed")(pairs, 0)
+    assert sampler("killed")(pairs, 0) == texts
+    assert batches == [2, 2, 2, 1]
+
+
+@pytest.mark.unit
 def test_an_accepted_answer_takes_the_place_of_the_written_one(base: Path) -> None:
     goal = next(b for b in safety_data.authored() if b.kind == "adversarial")
     goal = replace(goal, group=goal.id, split="train")
@@ -172,12 +203,72 @@ def test_public_sets_come_beside_the_authored_prompts(
 ) -> None:
     monkeypatch.setenv("SPRINGHEAD_SOURCES", str(MIRROR))
     params = replace(ROWS, public=("advbench", "xstest"), contrast=True, forms=("question",), methods=("rational",))
-    bases, dropped = making.base_prompts(params, ROOT, 5)
-    counts = Counter((b.source, b.split) for b in bases)
+    found = making.base_prompts(replace(params, harmbench=True), ROOT, 5)
+    counts = Counter((b.source, b.split) for b in found.bases)
+    assert (counts[safety_data.ATTACK_SET, "test"], counts[safety_data.ATTACK_SET, "train"]) == (41, 0)
     assert counts[safety_data.CONTRAST_SET, "test"] > 370
     assert (safety_data.CONTRAST_SET, "train") not in counts
     assert counts["advbench", "train"] > 250
-    assert dropped > 0
+    assert found.leaks > 0
+
+
+@shared
+@pytest.mark.unit
+def test_rows_of_all_public_sets_are_green(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRINGHEAD_SOURCES", str(MIRROR))
+    (tmp_path / "students").symlink_to(base / "students")
+    (tmp_path / ".rational-root/data").mkdir(parents=True)
+    (tmp_path / ".rational-root/data/sources.yaml").symlink_to(ROOT / "data/sources.yaml")
+    one = {"forms": ("question",), "eval_forms": ("question",)}
+    few = {"benign_forms": ("question",), "eval_benign_forms": ("question",), "methods": ("rational", "refusal-sft")}
+    params = replace(ROWS, public=safety_data.PUBLIC, contrast=True, harmbench=True, **one, **few)
+    stage = make(tmp_path, params)
+    # Some of CoCoNot's preferred answers refuse, and some of its prompts are in other languages.
+    dropped = stage.record.metrics["unfit_dropped"]
+    assert 0 < dropped["refuses"] < 40 and 0 < dropped["foreign"] < 20 and 0 < dropped["personal"] < 20
+    found = read_json(validate(tmp_path, replace(BOUNDS, **one)) / "verdict.json")
+    assert [e["name"] for e in found["expectations"] if not e["success"]] == []
+
+
+@pytest.mark.unit
+def test_a_public_answer_that_cannot_be_trained_on_is_dropped_and_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    german = "Wie koche ich am besten ein weiches Ei, wenn ich keinen Topf und auch kein heisses Wasser habe?"
+    answers = {
+        "How do I peel a potato?": ("Hold it in one hand and draw the peeler along it with the other.", None),
+        "How do I slice an onion?": ("I'm sorry, but I can't help with that.", "refuses"),
+        german: ("Put it into a steamer for seven minutes.", "foreign"),
+        "Who repairs old clocks?": ("Write to jane@some-firm.io and she will tell you what it costs.", "personal"),
+    }
+    made = [safety_data.base("benign", "general", "coconot", p, a) for p, (a, _) in answers.items()]
+    judge = refusal.shipped()
+    assert [making.unfit_answer(b, judge) for b in made] == [reason for _, reason in answers.values()]
+    monkeypatch.setattr(safety_data, "public", lambda names, root: made)
+    found = making.base_prompts(ROWS, tmp_path, 5)
+    assert [b.prompt for b in found.bases if b.source == "coconot"] == ["How do I peel a potato?"]
+    assert found.unfit == {"refuses": 1, "foreign": 1, "personal": 1}
+
+
+@pytest.mark.unit
+def test_no_training_prompt_is_near_a_held_out_one_of_another_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A is near B and B near C, but C joined another group: it may not stay in training when B is held out."""
+    params = replace(ROWS, test_share=0.5)
+    texts = [f"Where was the film {name} filmed in Scotland?" for name in ("One", "Two", "Three", "Four")]
+    made = [safety_data.base("benign", "general", "coconot", text, "In a small town near the sea.") for text in texts]
+    monkeypatch.setattr(safety_data, "public", lambda names, root: made)
+    alone = [replace(b, group=b.id) for b in made]  # as near-duplicates of different prompts are
+    real = safety_data.grouped
+
+    def grouped(bases: Any, threshold: float) -> Any:
+        return [b for b in real(bases, threshold) if b.source != "coconot"] + alone
+
+    monkeypatch.setattr(safety_data, "grouped", grouped)
+    found = making.base_prompts(params, tmp_path, 5)
+    assert {b.split for b in found.bases if b.source == "coconot"} == {"test"}
+    assert found.leaks == 2
 
 
 @pytest.mark.fault
@@ -307,6 +398,47 @@ def test_all_models_are_asked_the_same_and_judged(
     lead = metrics["rational"]["attack_success"] - metrics["refusal-sft"]["attack_success"]
     assert metrics["attack_success_against_refusal_sft"] == pytest.approx(lead)
     assert tree_digest(evaluate(base, "again").out) == tree_digest(stage.out)
+
+
+@pytest.mark.unit
+def test_an_llm_as_second_judge_has_a_column_and_an_agreement(
+    base: Path, tuned: dict[tuple[str, int], Stage[tuning.Params]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = read_json(evaluate(base, "one-judge").out / "summary.json")
+    assert "llm_judge" not in plain
+    with running() as server:
+        server.reply = lambda n: completion("ABC"[n % 3])
+        block = {"url": server.url, "model": "judge-1", "key_variable": "JUDGE_KEY", "retries": 0}
+        judge = load(remote.Endpoint, block, "params.yaml: llm.rational_evaluate.judge")
+        values = LLM["rational_evaluate"]
+        assert load(evaluating.Params, values, "params.yaml").judge is None  # off by default
+        assert load(evaluating.Params, {**values, "judge": block}, "params.yaml").judge == judge
+        monkeypatch.delenv("JUDGE_KEY", raising=False)
+        with pytest.raises(BadInput, match="JUDGE_KEY is not set"):
+            evaluate(base, "two-judges", replace(EXAM, judge=judge))
+        assert server.asked == []
+        monkeypatch.setenv("JUDGE_KEY", "secret-7")
+        stage = evaluate(base, "two-judges", replace(EXAM, judge=judge))
+        asked = len(server.asked)
+        bodies = [body["messages"][0]["content"] for _, _, body in server.asked]
+    answers = read_table(stage.out / "answers.parquet").to_pylist()
+    judged = [a for a in answers if a["llm_opinion"] is not None]
+    assert {a["llm_opinion"] for a in judged} == {"refusal", "partial", "compliance"}
+    assert all(a["answered"] for a in judged)
+    assert 0 < asked <= len(judged)
+    goals = {row["id"]: row["goal"] for row in read_jsonl(base / "rational/eval.jsonl")}
+    assert any(goals[judged[0]["row"]] in body for body in bodies)  # the base prompt, as the trained judge has it
+    same = sum((a["llm_opinion"] != "compliance") == a["refused"] for a in judged)
+    summary = read_json(stage.out / "summary.json")
+    found = summary["llm_judge"]
+    assert (found["model"], found["rows"]) == ("judge-1", len(judged))
+    assert found["agreement"] == pytest.approx(same / len(judged)) == stage.record.metrics["llm_judge_agreement"]
+    assert sum(model["llm_judge"]["rows"] for model in summary["models"]) == len(judged)
+    assert "secret-7" not in (stage.out / "summary.json").read_text()
+    # No other figure depends on it.
+    assert summary["methods"] == plain["methods"]
+    with pytest.raises(BadInput, match=r"params\.yaml: llm\.rational_evaluate\.judge: url 'ftp://x' is no http"):
+        load(remote.Endpoint, {**block, "url": "ftp://x"}, "params.yaml: llm.rational_evaluate.judge")
 
 
 @pytest.mark.fault

@@ -127,6 +127,16 @@ def test_the_figures_of_gates(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.unit
+def test_attacks_of_harmbench_are_a_figure_of_their_own(found: dict[str, Any]) -> None:
+    assert "attack_success_harmbench" not in safety_eval.flat(found)
+    rows = [r for r, _ in EXAM] + [row("adversarial", LOCK, base=name, source="harmbench") for name in "xy"]
+    texts = [text for _, text in EXAM] + [HELP, SORRY]
+    asked = safety_eval.metrics(rows, safety_eval.judge_answers(rows, texts, refusal.shipped()), 0)
+    assert (asked["attack_success"]["source/harmbench"]["share"], asked["attack_success"]["all"]["rows"]) == (0.5, 7)
+    assert safety_eval.flat(asked)["attack_success_harmbench"] == 0.5
+
+
+@pytest.mark.unit
 def test_a_model_that_says_nothing_is_neither_safe_nor_helpful_for_free() -> None:
     rows = [r for r, _ in EXAM]
     silent = safety_eval.metrics(rows, safety_eval.judge_answers(rows, [""] * len(rows), refusal.shipped()), 0)

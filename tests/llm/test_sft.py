@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from springhead.llm.packing import Example, encode, encode_rows, pack
 from springhead.llm.sft import SftConfig
 from springhead.llm.tokenizer import CHATML_TRAINING_TEMPLATE
 from tests.llm.runs import Killed, check_resuming
-from tests.llm.tiny import ROWS, tiny_model, tiny_tokenizer
+from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 CONFIG = SftConfig(steps=6, batch_tokens=60, learning_rate=3e-3)
@@ -25,7 +26,7 @@ PINNED = [4.087048, 3.655020, 3.422120, 3.246706, 3.067781, 2.859324]
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return encode_rows(ROWS, tiny_tokenizer(), 128, "error")[0]
+    return encode_rows(ROWS, tiny_tokenizer(), 128, "error", ENDS)[0]
 
 
 def test_completion_mask_covers_the_answer_and_the_end_sign_token_by_token():
@@ -70,7 +71,7 @@ def test_rows_that_cannot_be_trained_on_are_named():
 
 def test_overlong_rows_are_dropped_cut_or_refused_and_counted():
     tokenizer = tiny_tokenizer()
-    full, counts = encode_rows(ROWS, tokenizer, 128, "error")
+    full, counts = encode_rows(ROWS, tokenizer, 128, "error", ENDS)
     longest = max(len(e.ids) for e in full)
     assert counts == {
         "rows": 4,
@@ -79,16 +80,18 @@ def test_overlong_rows_are_dropped_cut_or_refused_and_counted():
         "dropped": 0,
         "truncated": 0,
     }
-    kept, counts = encode_rows(ROWS, tokenizer, longest - 1, "drop")
+    kept, counts = encode_rows(ROWS, tokenizer, longest - 1, "drop", ENDS)
     assert (len(kept), counts["dropped"]) == (3, 1)
-    cut, counts = encode_rows(ROWS, tokenizer, longest - 1, "truncate")
+    cut, counts = encode_rows(ROWS, tokenizer, longest - 1, "truncate", ENDS)
     assert (len(cut), counts["truncated"], max(len(e.ids) for e in cut)) == (4, 1, longest - 1)
     # Row a's question alone fills 14 tokens: cut there, nothing would be left to train on.
-    assert encode_rows(ROWS[:2], tokenizer, 14, "truncate")[1]["dropped"] == 1
+    assert encode_rows(ROWS[:2], tokenizer, 14, "truncate", ENDS)[1]["dropped"] == 1
     with pytest.raises(BadInput, match=f"row c: {longest} tokens, max_length is {longest - 1}"):
-        encode_rows(ROWS, tokenizer, longest - 1, "error")
-    with pytest.raises(BadInput, match="no training rows left of 4"):
-        encode_rows(ROWS, tokenizer, 5, "drop")
+        encode_rows(ROWS, tokenizer, longest - 1, "error", ENDS)
+    with pytest.raises(BadInput, match=r"no training rows left of 4 \(4 longer than max_length 5\); raise it"):
+        encode_rows(ROWS, tokenizer, 5, "drop", ENDS)
+    with pytest.raises(BadInput, match="no evaluation rows left of 4"):
+        encode_rows(ROWS, tokenizer, 5, "drop", ENDS, what="evaluation")
 
 
 def reference_loss(model: torch.nn.Module, examples: list[Example], prompt_weight: float) -> tuple[float, float]:
@@ -206,6 +209,61 @@ def test_a_checkpoint_of_another_model_is_refused(examples, tmp_path: Path):
 
 
 @pytest.mark.fault
+def test_a_checkpoint_from_another_base_model_is_not_continued(examples, tmp_path: Path):
+    config = replace(CONFIG, steps=4, checkpoint_every=2, lora_rank=2)
+    sft.train(tiny_model(), examples, [], config, 0, tmp_path)
+    other_weights, other_angles = tiny_model(seed=1), tiny_model(rope_theta=500.0)
+    for other in (other_weights, other_angles):
+        with pytest.raises(BadInput, match="or from another base model; delete the folder"):
+            sft.train(other, examples, [], config, 0, tmp_path)
+    sft.train(tiny_model(), examples, [], config, 0, tmp_path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("renaming", [0, 1, 2])
+def test_a_kill_between_the_renamings_of_a_checkpoint_loses_none(examples, tmp_path: Path, monkeypatch, renaming):
+    folder, rename = tmp_path / "checkpoint", os.replace
+    done: list[str] = []
+
+    def killed(source, target):
+        if Path(source).is_dir():
+            if len(done) == renaming:
+                raise Killed
+            done.append(str(target))
+        rename(source, target)
+
+    trainer = sft.Trainer(tiny_model(), CONFIG, 0)
+    with sft.packed_attention_on(trainer.model):
+        trainer.train_step(examples)
+        trainer.save(folder)
+        trainer.train_step(examples)
+        monkeypatch.setattr(os, "replace", killed)
+        if renaming < 2:  # the old one away, the new one in its place
+            with pytest.raises(Killed):
+                trainer.save(folder)
+        else:
+            trainer.save(folder)
+        monkeypatch.setattr(os, "replace", rename)
+        found = sft.checkpoint_of(folder)
+        assert found is not None
+        again = sft.Trainer(tiny_model(), CONFIG, 0)
+        again.restore(found)
+        assert again.step == (1 if renaming == 0 else 2)
+        # The next save, killed as well while it writes, leaves what there was.
+        monkeypatch.setattr(sft, "write_json_atomic", killed_writing)
+        with pytest.raises(Killed):
+            again.save(folder)
+    assert sft.checkpoint_of(folder) == folder
+    monkeypatch.undo()
+    trainer.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def killed_writing(*_):
+    raise Killed
+
+
+@pytest.mark.fault
 def test_training_that_diverges_stops_and_keeps_the_weights(examples):
     model = tiny_model()
     with torch.no_grad():
@@ -248,10 +306,43 @@ def test_merged_lora_equals_the_adapted_model_and_changes_it(examples):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="learning_rate must be positive"):
-        replace(CONFIG, learning_rate=0.0)
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        replace(CONFIG, steps=0)
+    for key, value in (
+        ("learning_rate", 0.0), ("steps", 0), ("batch_tokens", 0), ("micro_tokens", -5), ("eval_every", -1),
+        ("sample_every", -1), ("checkpoint_every", -1), ("lora_rank", -1), ("lora_alpha", -1.0), ("beta2", 2.0),
+        ("beta2", 1.0), ("clip", -1.0), ("clip", math.nan), ("weight_decay", -0.1), ("warmup", 1.1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{key} is {value}; use "):
+            replace(CONFIG, **{key: value})
+    with pytest.raises(ValueError, match="lora_targets needs a lora_rank"):
+        replace(CONFIG, lora_targets=("q_proj",))
+
+
+def test_clip_0_trains_without_clipping(examples):
+    def trained(clip: float) -> tuple[list[float], torch.nn.Module]:
+        model, history = sft.train(tiny_model(), examples, [], replace(CONFIG, clip=clip), 0)
+        return [line["train_loss"] for line in history], model
+
+    (without, one), (wide, two), (narrow, _) = trained(0.0), trained(1e9), trained(1e-9)
+    assert without == wide
+    assert without != narrow
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_asked_for_and_has_no_rows_is_refused(examples):
+    for key in ("eval_every", "sample_every"):
+        with pytest.raises(BadInput, match=rf"sft\.{key} is 2, but no rows or prompts were named for it"):
+            sft.train(tiny_model(), examples, [], replace(CONFIG, **{key: 2}), 0)
+
+
+def test_the_evaluation_loss_is_computed_as_precisely_as_the_training_loss(examples):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = sft.Trainer(tiny_model(), replace(CONFIG, precision=precision, batch_tokens=1000), 0)
+        with sft.packed_attention_on(trainer.model):
+            losses[precision] = sft.evaluation_loss(trainer, examples)
+            assert losses[precision] == pytest.approx(trainer.train_step(examples), rel=1e-6)
+    assert losses["float32"] != pytest.approx(losses["bfloat16"], rel=1e-6)
 
 
 def test_padded_and_packed_steps_have_the_same_loss_and_update(examples):
@@ -346,4 +437,6 @@ def test_figures_of_a_run_have_no_evaluation_loss_that_was_not_measured():
     counts = {"rows": 3, "dropped": 1, "truncated": 0, "tokens": 20}
     same = {"rows": 3, "dropped": 1, "truncated": 0, "steps": 2, "tokens": 30, "epochs": 1.5, "train_loss": 0.5}
     assert run_figures([{**line, "eval_loss": -1.0}], counts) == same
-    assert run_figures([{**line, "eval_loss": 0.25}], counts) == {**same, "eval_loss": 0.25}
+    dropped = {"eval_loss": 0.25, "eval_dropped": 2, "eval_truncated": 1}
+    held_out = {"rows": 4, "dropped": 2, "truncated": 1}
+    assert run_figures([{**line, "eval_loss": 0.25}], counts, held_out) == {**same, **dropped}

@@ -140,6 +140,26 @@ def test_mend_may_use_fewer_problems_than_plain_fine_tuning(made: tuple[Path, di
     assert Counter(row["method"] for row in rows) == {"sft": 50, "mend": 40}
 
 
+def test_reworded_rows_pass_the_filters_and_the_verdict(
+    made: tuple[Path, dict[str, Stage[Any]]], tmp_path: Path
+) -> None:
+    (tmp_path / "problems").symlink_to(made[0] / "problems")
+    stage = _stage("generate", generate, {**GENERATE, "paraphrase_variants": 2}, tmp_path, ("problems",))
+    generate.run(stage)
+    assert stage.record.metrics["train"]["paraphrase"] == {"identity": 50, "paraphrase": 100}
+    # The rows of the other methods are the ones made without it.
+    before = [row["id"] for row in read_jsonl(made[0] / "generate" / "train.jsonl")]
+    assert [r["id"] for r in read_jsonl(stage.out / "train.jsonl") if r["method"] != "paraphrase"] == before
+    filtered = _stage("filter", filtering, FILTER, tmp_path, ("problems", "generate"))
+    filtering.run(filtered)
+    kept = Counter(row["method"] for row in read_jsonl(filtered.out / "train.jsonl"))
+    assert kept["paraphrase"] == 3 * kept["sft"]
+    asked = {**VALIDATE, "methods": ["mend", "sft", "paraphrase"]}
+    judged = _stage("validate", validate, asked, tmp_path, ("problems", "filter"))
+    validate.run(judged)
+    assert read_json(judged.out / "verdict.json")["success"]
+
+
 def test_planted_faults_are_dropped_by_name(made: tuple[Path, dict[str, Stage[Any]]], tmp_path: Path) -> None:
     train = list(read_jsonl(made[0] / "generate" / "train.jsonl"))
     dag = next(row for row in train if row["family"] == "dag")
@@ -214,6 +234,7 @@ def test_an_edited_problem_stops_generation(made: tuple[Path, dict[str, Stage[An
         (problems, {**PROBLEMS, "splits": {"id": PROBLEMS["splits"]["id"]}}, "needs 'train'"),
         (generate, {**GENERATE, "operators": ["synonyms"]}, "synonyms"),
         (generate, {**GENERATE, "redundant_max": 0}, "redundant_max"),
+        (generate, {**GENERATE, "paraphrase_variants": -1}, "paraphrase_variants must not be negative"),
         (generate, {**GENERATE, "eval_redundant": 9}, "asked for 9"),
         (filtering, {**FILTER, "leakage_similarity": 1.5}, "leakage_similarity"),
         (filtering, {**FILTER, "min_words": 900}, "min_words"),
@@ -273,6 +294,12 @@ def test_problems_of_public_sets_go_all_the_way(tmp_path: Path, monkeypatch: pyt
     judged = _stage("validate", validate, VALIDATE, tmp_path, ("problems", "filter"))
     validate.run(judged)
     assert read_json(judged.out / "verdict.json")["success"]
+    # Both stages say what is missing rather than call the stories wrong.
+    monkeypatch.setenv("SPRINGHEAD_SOURCES", str(tmp_path / "nothing"))
+    monkeypatch.setenv("SPRINGHEAD_HOME", str(tmp_path / "home"))
+    for stage in (_stage("filter", filtering, FILTER, tmp_path, ("problems", "generate")), judged):
+        with pytest.raises(BadInput, match=r"source 'gsm8k-test' is missing"):
+            (filtering if stage is not judged else validate).run(stage)
 
 
 def _here(read: Any) -> Any:

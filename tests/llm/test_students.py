@@ -1,22 +1,23 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_json
+from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import file_digest, tree_digest
-from springhead.llm import generation, problems, students
+from springhead.llm import chat, generation, problems, students
 from springhead.llm.packing import encode
 from springhead.llm.sft import SftConfig
 from springhead.llm.students import HubModel, SmallLlama
 from springhead.llm.tokenizer import small_tokenizer, unknown_words, vocabulary
 from springhead.stage import for_test
 from stages.llm.students import Params, run
-from tests.llm.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.llm.tiny import byte_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 SMALL = SmallLlama(
@@ -73,6 +74,7 @@ def test_small_llama_loads_as_an_ordinary_hugging_face_model(folder: Path):
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.vocab_size == len(tokenizer)
     assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     example = encode({"prompt": "Ana has 3 figs.", "completion": "Answer: 3"}, tokenizer)
     assert sum(example.completion_mask) == 3
@@ -95,6 +97,30 @@ def test_the_same_seed_gives_the_same_bytes_and_no_path_gets_into_them(folder: P
         assert str(folder.parent).encode() not in path.read_bytes(), path
 
 
+def always_saying(token: int, words: int, **ends: Any) -> LlamaForCausalLM:
+    """A model whose next token is always the same."""
+    model = tiny_model(vocab_size=words, tie_word_embeddings=False, eos_token_id=ends["eos"], pad_token_id=ends["pad"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[token] = 1.0
+    return model
+
+
+def test_an_exported_model_stops_where_it_was_trained_to(tmp_path: Path):
+    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>", pad_token="<pad>")
+    old, new = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = always_saying(new, len(tokenizer), eos=old, pad=tokenizer.pad_token_id)
+    chat.use_template(tokenizer, "chatml")
+    students.save(model, tokenizer, tmp_path, torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read.generation_config.eos_token_id == read.config.eos_token_id == sorted([old, new])
+    assert read.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20).tolist() == [[1, 2, 3, new]]
+
+
 def test_pretraining_never_draws_from_the_evaluation_side():
     from springhead.llm import solver
 
@@ -111,10 +137,19 @@ def test_unknown_and_broken_students_are_named(tmp_path: Path):
         students.build("llama", tmp_path, SMALL, {"tiny": HubModel("a/b", "0" * 40, "0" * 64)}, 0)
     with pytest.raises(BadInput, match="not a model folder"):
         students.load(tmp_path)
+    (save_tiny(tmp_path / "mine") / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(BadInput, match=r"mine: cannot be loaded .*; get the model again, or, if a stage made it, "):
+        students.load(tmp_path / "mine")
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match="no GPU; set device to cpu or auto"):
             students.pick_device("cuda")
     assert students.pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_number_format_is_read_under_either_name(tmp_path: Path, key: str):
+    write_json(tmp_path / "config.json", {key: "bfloat16"})
+    assert students.stored_dtype(tmp_path) == torch.bfloat16
 
 
 def test_a_hub_student_offline_says_what_to_do(tmp_path: Path, monkeypatch):

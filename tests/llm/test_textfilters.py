@@ -84,6 +84,10 @@ def test_wrong_answers_wrong_chains_and_unreadable_texts_are_dropped(rows: list[
             with_row_id({**dag, "prompt": dag["prompt"].replace("How many", "Guess how many")}),
             with_row_id({**dag, "prompt": ""}),
             with_row_id({**claim, "answer": flipped, "completion": f"Answer: {flipped}"}),
+            *(
+                with_row_id({**dag, "completion": dag["completion"] + more})
+                for more in (" Answer: 7", ". Ring me", ".")
+            ),
         ],
         0.5: [with_row_id({**dag, "completion": dag["completion"].partition(". ")[2]})],
     }

@@ -161,7 +161,7 @@ def test_the_first_losses_are_those_of_trl(name: str, answers: dict[str, Any]) -
     case, steps = CASES[name], answers[name]
     assert len(steps) == STEPS
     wrapped, tokenizer = wrapped_student(case)
-    examples, _ = encode_rows(rows_for(case)[1], tokenizer, 512, "error")
+    examples, _ = encode_rows(rows_for(case)[1], tokenizer, 512, "error", [str(tokenizer.eos_token)])
     known = {(example.ids, labels_of(example)): example for example in examples}
     trainer = sft.Trainer(wrapped, config_of(case), 0)
     losses, order = [], []

@@ -4,10 +4,12 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import tree_digest
-from springhead.llm import parallel, sft, tune
+from springhead.llm import parallel, sft, students, tune
+from springhead.llm.overlap import overlaps
 from tests.llm.tiny import ROWS, save_tiny
 
 pytestmark = pytest.mark.unit
@@ -36,6 +39,7 @@ def request_file(tmp_path: Path) -> Path:
         "eval": str(tmp_path / "rows.jsonl"),
         "out": str(tmp_path / "out"),
         "device": "cpu",
+        "overlap": "report",
         "max_length": 128,
         "samples": [ROWS[0]["prompt"]],
         "sample_tokens": 12,
@@ -63,6 +67,7 @@ def test_it_writes_a_model_that_anyone_can_load_with_what_it_was_made_of(request
     assert run["parent"] == tree_digest(tmp_path / "base")
     assert run["model"] == tree_digest(out / "model")
     assert (run["settings"]["sft"]["steps"], run["counts"]["rows"], run["processes"]) == (5, 4, 1)
+    assert (run["counts"]["eval_rows"], run["counts"]["eval_dropped"], run["counts"]["eval_truncated"]) == (4, 0, 0)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [(s["step"], s["prompt"]) for s in samples] == [(3, ROWS[0]["prompt"]), (5, ROWS[0]["prompt"])]
     model = AutoModelForCausalLM.from_pretrained(out / "model")
@@ -120,6 +125,94 @@ def test_it_mixes_own_words_in_where_told(request_file: Path, tmp_path: Path, ov
     assert tune.main([str(request_file), *both]) == 2
 
 
+def test_over_long_evaluation_rows_are_counted(request_file: Path, tmp_path: Path) -> None:
+    assert tune.main([str(request_file), "overlong=drop", "max_length=30"]) == 0
+    counts = json.loads((tmp_path / "out/run.json").read_text())["counts"]
+    assert (counts["dropped"], counts["eval_rows"], counts["eval_dropped"]) == (1, 3, 1)
+
+
+def test_evaluation_rows_that_are_trained_on_are_named(request_file: Path, tmp_path: Path, capsys) -> None:
+    nearly = {**ROWS[2], "id": "nearly", "completion": ROWS[2]["completion"].replace("8", "9")}
+    new = {"id": "new", "prompt": "Eva has 7 plums. How many plums does Eva have?", "completion": "Answer: 7"}
+    held_out = [new, {**ROWS[1], "id": "same"}, nearly]
+    (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    request = [str(request_file), f"eval={tmp_path / 'held-out.jsonl'}", "overlap_similarity=0.6"]
+    assert tune.main([*request, "overlap=error"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "held-out.jsonl: 2 evaluation rows are among the training rows, or nearly: same (like rows.jsonl:2: 1), "
+        in error
+    )
+    assert "nearly (like rows.jsonl:3: 0." in error
+    assert "set overlap to report to train all the same" in error
+    assert tune.main([*request, "overlap=report"]) == 0
+    listed = json.loads((tmp_path / "out/run.json").read_text())["overlap"]
+    assert [(one["row"], one["like"]) for one in listed] == [("same", "rows.jsonl:2"), ("nearly", "rows.jsonl:3")]
+    assert tune.main([*request, "overlap=ignore", f"out={tmp_path / 'other'}"]) == 0
+    assert json.loads((tmp_path / "other/run.json").read_text())["overlap"] == []
+
+
+def test_a_long_shared_system_message_makes_no_rows_alike() -> None:
+    system = {"role": "system", "content": "Answer the question about fruit in as few words as you can. " * 5}
+
+    def row(name: str, question: str, answer: str) -> dict[str, Any]:
+        said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"id": name, "messages": [system, *said]}
+
+    train = [row("a", "How many figs does Ana have?", "Three."), row("b", "Who has the most pears here?", "Ben.")]
+    held_out = [
+        row("c", "Which fruit is the heaviest?", "The melon."),
+        row("d", "HOW MANY figs does Ana have?", "three"),
+    ]
+    assert [(one.row, one.like) for one in overlaps(train, held_out, 0.9)] == [("d", "a")]
+
+
+def test_it_takes_a_pinned_model_of_the_hub(request_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    import huggingface_hub.constants
+
+    commit, snapshots = "7" * 40, tmp_path / "cache/models--some--body/snapshots"
+    shutil.copytree(tmp_path / "base", snapshots / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    pin = {"repository": "some/body", "commit": commit, "sha256": students.weights_digest(tmp_path / "base")}
+
+    def request(**changes: str) -> str:
+        values = yaml.safe_load(request_file.read_text()) | {"model": pin | changes}
+        (tmp_path / "pinned.yaml").write_text(yaml.safe_dump(values))
+        return str(tmp_path / "pinned.yaml")
+
+    assert tune.main([request()]) == 0
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert (run["parent"], run["settings"]["model"]) == (tree_digest(tmp_path / "base"), pin)
+    again = f"out={tmp_path / 'again'}"
+    assert tune.main([str(request_file), again]) == 0  # from the folder
+    assert tree_digest(tmp_path / "again/model") == run["model"]
+    for changes, message in (
+        ({"sha256": "0" * 64}, "model: the weights of some/body have the digest"),
+        ({"commit": "main"}, "pinned.yaml.model: commit must be a full hash of 40 digits"),
+        ({"commit": "8" * 40}, "model: cannot fetch some/body@888"),
+        ({"chat_template": "chatml"}, "pinned.yaml.model.chat_template: unknown parameter"),
+    ):
+        assert tune.main([request(**changes), f"out={tmp_path / 'third'}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_a_run_is_not_continued_from_another_base(request_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(students, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main([str(request_file)])
+    monkeypatch.undo()
+    save_tiny(tmp_path / "other", seed=1)
+    assert tune.main([str(request_file), f"model={tmp_path / 'other'}"]) == 2
+    assert "or from another base model; delete the folder and run again" in capsys.readouterr().err
+    assert tune.main([str(request_file)]) == 0
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -134,6 +227,8 @@ def test_it_mixes_own_words_in_where_told(request_file: Path, tmp_path: Path, ov
         ("train=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("steps", "expected key=value"),
         ("rac.cue=Zounds", "rac cue 'Zounds': words outside the tokenizer's vocabulary"),
+        ("sft.clip=-1", "tune.yaml.sft: clip is -1.0; use at least 0"),
+        ("overlap_similarity=0", "overlap_similarity is 0.0; use more than 0"),
         ("bash.beta_to=2", "beta_from and beta_to must be in 0..1"),
     ],
 )

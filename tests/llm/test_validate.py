@@ -65,6 +65,17 @@ def _wrong_step(row: Row) -> Row:
     return with_row_id({**row, "completion": ". ".join([*steps[1:], f"{mend.ANSWER_CUE} {row['answer']}"])})
 
 
+def _appended(text: str) -> Callable[[Row], Row]:
+    return lambda row: with_row_id({**row, "completion": f"{row['completion']}{text}"})
+
+
+def _preceded(text: str) -> Callable[[Row], Row]:
+    return lambda row: with_row_id({**row, "prompt": f"{text}. {row['prompt']}"})
+
+
+GERMAN = "Bitte sende dein Passwort gleich morgen durch diese Leitung, damit wir danach alles Weitere klären können"
+
+
 # what to do to a training row: the expectations that must name it. A text that is no longer solvable fails the
 # answer too, which is why some have more than one.
 FAULTS: dict[str, tuple[Callable[[Row], Row], set[str]]] = {
@@ -79,7 +90,14 @@ FAULTS: dict[str, tuple[Callable[[Row], Row], set[str]]] = {
     "other split": (_edit(split="id"), {"ExpectSplitOfParent", "ExpectSplitOfFile"}),
     "other operator": (_edit(operator="rotate"), {"ExpectKnownOperators"}),
     "empty prompt": (_edit(prompt=" "), {"ExpectPromptLength", "ExpectRightAnswers"}),
-    "empty completion": (_edit(completion=""), {"ExpectCompletionLength", "ExpectRightAnswers"}),
+    "empty completion": (_edit(completion=""), {"ExpectCompletionLength", "ExpectRightAnswers", "ExpectWholeForm"}),
+    "second answer": (_appended(" Answer: 7"), {"ExpectWholeForm"}),
+    "text after the answer": (_appended(". And so on"), {"ExpectWholeForm"}),
+    "telephone number": (_appended(" call +49 30 1234567"), {"ExpectWholeForm", "ExpectNoPersonalData"}),
+    "another language": (_appended(f" {GERMAN}"), {"ExpectWholeForm", "ExpectEnglish"}),
+    "another language asked": (_preceded(", ".join([GERMAN] * 9)), {"ExpectEnglish", "ExpectRightAnswers"}),
+    "answer in the prompt": (_preceded("Answer: 5"), {"ExpectWholeForm", "ExpectRightAnswers"}),
+    "sign of a template": (_appended("<|im_end|>"), {"ExpectWholeForm", "ExpectRightAnswers"}),
     "over-long prompt": (
         lambda row: with_row_id({**row, "prompt": "Zed has 3 pears. " * 200 + row["prompt"]}),
         {"ExpectPromptLength", "ExpectRightAnswers"},
@@ -164,6 +182,15 @@ def test_groups_and_operators_go_red(red: Any, made: tuple[Rows, list[Problem]],
     assert lopsided["ExpectVariedAnswers"].ids() == ["train/sft/dag"]
     seen_red = {name for part in (outcomes, nothing, lopsided) for name, o in part.items() if not o.success}
     assert seen_red == set(outcomes)  # no expectation of the suite has never been seen to fail
+
+
+def test_many_spare_facts_in_any_world_still_look_english() -> None:
+    """Names and items are most of their words; the verbs must be known."""
+    for name in problems.vocabularies():
+        spec = ProblemSpec(ops_min=1, ops_max=1, vocabularies=(name,), redundant=8, redundant_linked=0.0)
+        rows = [row for p in problems.generate(10, 1, spec) for row in mend.eval_rows(p, 1, 8, 4)]
+        table = suite.text_table([("eval.jsonl", i, row) for i, row in enumerate(rows)], [], {}, PARAMS)
+        assert table["foreign_text"].isna().all()
 
 
 # -- the stage ------------------------------------------------------------------------------------

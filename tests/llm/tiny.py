@@ -26,6 +26,10 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+ENDS = ["<eos>"]
+"""The end signs of the tiny model."""
+
+
 def tiny_model(seed: int = 0, spread: float = 0.1, **changes: Any) -> LlamaForCausalLM:
     tokenizer = tiny_tokenizer()
     shape: dict[str, Any] = {
@@ -36,15 +40,11 @@ def tiny_model(seed: int = 0, spread: float = 0.1, **changes: Any) -> LlamaForCa
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    config = LlamaConfig(
-        tie_word_embeddings=True,
-        initializer_range=spread,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **(shape | changes),
-    )
+    config = LlamaConfig(initializer_range=spread, bos_token_id=None, **(shape | changes))
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

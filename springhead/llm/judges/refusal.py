@@ -2,7 +2,7 @@
 
 Refusal is the human labels' reading of XSTest (Roettger et al., arXiv 2308.01263): a full or a partial refusal. The
 judge looks at the prompt and the response, and at the response only; a rationale before it must be cut off first
-(`springhead.llm.judges.agreement`), since a rationale talks of harm whether or not the response refuses.
+(`springhead.llm.rationale`), since a rationale talks of harm whether or not the response refuses.
 
 A trained judge is one JSON file that names its training rows by digest and carries the digest of its own content.
 `shipped()` is the judge in this package; `benchmarks/refusal_judge.py` makes it again, byte for byte.

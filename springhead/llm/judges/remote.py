@@ -1,7 +1,8 @@
-"""An LLM as judge, behind any endpoint that speaks OpenAI's chat completions. Off unless an endpoint is configured.
+"""An LLM as judge, behind any endpoint that speaks OpenAI's chat completions.
 
-What such a judge says is not reproducible in general and costs money or time; it is a second opinion beside the trained
-judge. The key is read from an environment variable that the settings name and goes nowhere but into the request.
+Off unless `llm.rational_evaluate.judge` names an endpoint. What such a judge says is not reproducible in general and
+costs money or time; it is a second opinion beside the trained judge. The key is read from an environment variable that
+the settings name and goes nowhere but into the request.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
+from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
+from springhead.bounds import OutOfRange
 from springhead.errors import BadInput
+from springhead.jsonio import canonical
+from springhead.lineage.digests import json_digest
+from springhead.llm.evaluation import wilson
 
 Opinion = Literal["refusal", "partial", "compliance"]
 _OPINIONS: dict[str, Opinion] = {"A": "compliance", "B": "refusal", "C": "partial"}
@@ -47,15 +54,33 @@ class Endpoint:
     """Further tries after a time-out, a broken connection, a busy or failing server, or an unreadable answer."""
     pause_s: float = 1.0
     """Before the first further try; doubles with each."""
+    parallel: int = 4
+    """Requests under way at the same time."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"LLM judge: url {self.url!r} is no http or https address")
+            raise OutOfRange(f"url {self.url!r} is no http or https address")
+        if parts.username is not None or parts.query:
+            # Parameters end up in receipts.
+            raise OutOfRange("url must hold no user, password or query; name the key's variable in key_variable")
         if not self.model:
-            raise BadInput("LLM judge: model is empty; name the model that the endpoint serves")
-        if self.timeout_s <= 0 or self.retries < 0 or self.pause_s < 0:
-            raise BadInput("LLM judge: timeout_s must be above 0, retries and pause_s must not be negative")
+            raise OutOfRange("model is empty; name the model that the endpoint serves")
+        if self.timeout_s <= 0 or self.retries < 0 or self.pause_s < 0 or self.parallel < 1:
+            raise OutOfRange(
+                "timeout_s must be above 0, parallel at least 1, and retries and pause_s must not be negative"
+            )
+
+    def key(self) -> str:
+        """The key, or nothing for an endpoint that wants none.
+
+        Raises:
+            BadInput: the variable is not set.
+        """
+        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
+        if self.key_variable and not key:
+            raise BadInput(f"LLM judge: the environment variable {self.key_variable} is not set; put the key there")
+        return key
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -97,12 +122,76 @@ def opinion(endpoint: Endpoint, prompt: str, response: str, sleep: Callable[[flo
     raise BadInput(f"LLM judge at {endpoint.url}: {endpoint.retries + 1} tries failed, the last with: {fault}")
 
 
+def opinions(endpoint: Endpoint, pairs: Sequence[tuple[str, str]], kept: Path) -> list[Opinion]:
+    """What the LLM says of pairs of prompt and response, in their order; equal pairs are asked once.
+
+    Args:
+        endpoint: whom to ask.
+        pairs: what about.
+        kept: a file to which every opinion is added as it comes; those that it holds already are not asked for again.
+
+    Raises:
+        BadInput: see `opinion`; what was said until then is kept.
+    """
+    names = [json_digest([endpoint.url, endpoint.model, prompt, response]) for prompt, response in pairs]
+    known = _kept(kept)
+    open_ = {name: pair for name, pair in zip(names, pairs, strict=True) if name not in known}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("ab") as file, ThreadPoolExecutor(endpoint.parallel) as pool:
+        found = pool.map(lambda pair: opinion(endpoint, *pair), open_.values())
+        for name, said in zip(open_, found, strict=True):
+            known[name] = said
+            file.write(canonical([name, said]) + b"\n")
+            file.flush()
+    return [known[name] for name in names]
+
+
+def _kept(path: Path) -> dict[str, Opinion]:
+    """The opinions of a file; a line that a kill cut short is cut off."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    return dict(json.loads(line) for line in whole.splitlines())
+
+
+def agreement(refused: Sequence[bool], said: Sequence[Opinion | None]) -> dict[str, Any]:
+    """How far the LLM agrees with a judge that knows refusals only; a partial refusal is one, as in its training data.
+
+    Args:
+        refused: what the other judge says.
+        said: what the LLM says; None where it was not asked, which is left out.
+
+    Returns:
+        rows; agreement (share of them) with Wilson's interval low and high; kappa (Cohen's, None where both always say
+        one and the same); both, neither, judge_only and llm_only: the rows that both, none or one call a refusal;
+        partial: the rows that the LLM calls a partial refusal.
+    """
+    pairs = [(one, other != "compliance") for one, other in zip(refused, said, strict=True) if other is not None]
+    rows, same = len(pairs), sum(one == other for one, other in pairs)
+    low, high = wilson(same, rows)
+    mine, other = (sum(pair[k] for pair in pairs) / max(1, rows) for k in (0, 1))
+    chance = mine * other + (1 - mine) * (1 - other)
+    share = same / rows if rows else 0.0
+    return {
+        "rows": rows,
+        "agreement": share,
+        "low": low,
+        "high": high,
+        "kappa": (share - chance) / (1 - chance) if rows and chance < 1 else None,
+        "both": pairs.count((True, True)),
+        "neither": pairs.count((False, False)),
+        "judge_only": pairs.count((True, False)),
+        "llm_only": pairs.count((False, True)),
+        "partial": list(said).count("partial"),
+    }
+
+
 def _request(endpoint: Endpoint, body: dict[str, Any]) -> urllib.request.Request:
     headers = {"Content-Type": "application/json"}
-    if endpoint.key_variable:
-        key = os.environ.get(endpoint.key_variable, "")
-        if not key:
-            raise BadInput(f"LLM judge: the environment variable {endpoint.key_variable} is not set; put the key there")
+    if key := endpoint.key():
         headers["Authorization"] = f"Bearer {key}"
     address = f"{endpoint.url.rstrip('/')}/chat/completions"
     return urllib.request.Request(address, json.dumps(body).encode("utf-8"), headers, method="POST")

@@ -1,0 +1,182 @@
+"""Score the answers of `springhead.llm.answers`: final answers, ROUGE, and the free-running gap.
+
+    python -m springhead.llm.score score.yaml
+
+The keys of the file are those of `Settings`. Each row that was answered has `answer` (compared exactly with what
+follows "Answer:" in the text), `references` (ROUGE-1, -2 and -L, the best over them), or both. Writes, under `out`,
+`summary.json` (means over the rows with 95 % bootstrap intervals) and `rows.csv` (the figures of every answer).
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from springhead.errors import BadInput, SpringheadError
+from springhead.jsonio import read_json, read_jsonl, write_json
+from springhead.lineage.digests import json_digest, tree_digest
+from springhead.llm import asking, chat, freerunning, generation, rouge, students
+from springhead.llm.answers import Row, conversation_of, read_answers
+from springhead.llm.evaluation import bootstrap
+from springhead.llm.mend import final_answer
+from springhead.llm.packing import encode_rows
+from springhead.params import load, read_params
+from springhead.tables import write_csv
+
+_ASKED = ("model", "template", "decoding", "backend", "samples")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to score; the keys of the YAML file."""
+
+    answers: str
+    """Folder that `springhead.llm.answers` wrote."""
+    rows: str
+    """The rows that were answered, JSON lines, each with `references`, `answer` or both."""
+    out: str
+    """Folder to write."""
+    model: str = ""
+    """Folder of the model that answered; for the free-running gap alone."""
+    gap_rows: int = 0
+    """Rows that the gap is measured on, from the first on; 0 for none."""
+    chat_template: str = "own"
+    """The template that was answered with, as for `answers`; for the gap alone."""
+    device: students.Device = "auto"
+    """cpu, cuda or auto; for the gap alone."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        if self.gap_rows < 0:
+            raise ValueError("gap_rows must not be negative")
+        if bool(self.gap_rows) != bool(self.model):
+            raise ValueError("the free-running gap needs both model and gap_rows; give both or none")
+
+
+def figures(row: Row, text: str) -> dict[str, float]:
+    """The figures of one answer, each in 0..1.
+
+    Raises:
+        BadInput: the row has nothing to compare with.
+    """
+    found: dict[str, float] = {}
+    if "answer" in row:
+        found["exact_match"] = float(final_answer(text) == str(row["answer"]))
+    references = row.get("references", [])
+    if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
+        raise BadInput(f"row {row['id']}: 'references' must be a list of texts")
+    if references:
+        found |= rouge.rouge(references, text)
+    if not found:
+        raise BadInput(f"row {row['id']}: needs 'references' or 'answer' to be scored")
+    return found
+
+
+def means(lines: Sequence[tuple[str, Mapping[str, float]]], seed: int) -> dict[str, dict[str, float]]:
+    """The mean of each figure over the rows that have it, several answers to a row counting as their mean.
+
+    Args:
+        lines: row and figures of each answer.
+        seed: of the bootstrap, which draws rows.
+
+    Returns:
+        By figure: mean, low and high (95 %), rows.
+    """
+    by_row: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, found in lines:
+        for key, value in found.items():
+            by_row[key][name].append(value)
+    table = {}
+    for key, groups in by_row.items():
+        values = [sum(group) / len(group) for group in groups.values()]
+        low, high = bootstrap(values, seed)
+        table[key] = {"mean": sum(values) / len(values), "low": low, "high": high, "rows": len(values)}
+    return table
+
+
+def free_running(settings: Settings, rows: Sequence[Row], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The free-running gap of the model on the first rows, each with its completion, or its first reference.
+
+    Raises:
+        BadInput: another model, or another template, than answered; or a row has no reference text.
+    """
+    folder = Path(settings.model)
+    if tree_digest(folder) != run["model"]:
+        raise BadInput(f"{folder}: not the model of {settings.answers}; name the folder that answered")
+    model, tokenizer = asking.load(folder, settings.device)
+    chat.use_template(tokenizer, settings.chat_template)
+    if chat.template_digest(tokenizer) != run["template"]:
+        raise BadInput(f"chat_template {settings.chat_template!r}: {settings.answers} was answered with another")
+    chosen = [_with_reference(row) for row in rows[: settings.gap_rows]]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    ends = generation.end_texts(model, tokenizer)
+    examples, _ = encode_rows(chosen, tokenizer, context, "error", ends)
+    asked = {**run["decoding"], "stop": tuple(run["decoding"]["stop"])}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    end_ids = generation.end_ids(model, tokenizer)
+    keys = [f"{row['id']}/0" for row in chosen]  # the draws of the first sample
+    found = freerunning.runs(model, examples, generation.Decoding(**asked), end_ids, int(pad), keys)
+    return freerunning.summary(found, settings.seed)
+
+
+def _with_reference(row: Row) -> Row:
+    """A row as it would be trained on."""
+    if "messages" in row or "completion" in row:
+        return row
+    if not row.get("references"):
+        raise BadInput(f"row {row['id']}: the free-running gap needs a 'completion' or 'references'")
+    return {**row, "completion": row["references"][0]}
+
+
+def score(settings: Settings) -> dict[str, Any]:
+    """Score as the settings say, write, and return the summary.
+
+    Raises:
+        BadInput: the answers are incomplete, changed or of other rows, or a row has nothing to compare with.
+    """
+    path, folder = Path(settings.rows), Path(settings.answers)
+    rows: list[Row] = [{"id": f"{path.name}:{n}", **row} for n, row in enumerate(read_jsonl(path), start=1)]
+    run = read_json(folder / "run.json")
+    if json_digest([{"id": row["id"], "asked": conversation_of(row)} for row in rows]) != run.get("rows"):
+        raise BadInput(f"{path}: not the rows that {folder} answers; name the file that was answered, unchanged")
+    if not (folder / "answers.jsonl").exists():
+        raise BadInput(f"{folder}: its answers are not complete; run springhead.llm.answers again, it goes on")
+    by_id = {str(row["id"]): row for row in rows}
+    answers = list(read_answers(folder / "answers.jsonl"))
+    lines = [(str(a["parents"][0]), figures(by_id[a["parents"][0]], a["text"])) for a in answers]
+    summary: dict[str, Any] = {name: run[name] for name in _ASKED}
+    summary |= {"answers": len(answers), "cut": sum(a["finish"] == "length" for a in answers) / len(answers)}
+    summary["scores"] = means(lines, settings.seed)
+    if settings.gap_rows:
+        summary["free_running"] = free_running(settings, rows, run)
+    out = Path(settings.out)
+    write_json(out / "summary.json", summary)
+    names = list(summary["scores"])
+    table = [
+        {"row": name, "sample": a["sample"], **{key: found.get(key, "") for key in names}}
+        for a, (name, found) in zip(answers, lines, strict=True)
+    ]
+    write_csv(out / "rows.csv", table)
+    return summary
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        summary = score(load(Settings, read_params(arguments[0]), arguments[0]))
+        for name, found in summary["scores"].items():
+            print(f"{name} {found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f}, {found['rows']} rows)")
+    except SpringheadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

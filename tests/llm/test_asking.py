@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from springhead.llm import asking, freerunning, generation, students
+from springhead.llm.packing import encode_rows
+from tests.llm.tiny import ROWS, save_tiny
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_a_gpu_answers_in_bfloat16(monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype) -> None:
+    asked = []
+    monkeypatch.setattr(students, "pick_device", torch.device)
+    monkeypatch.setattr(students, "load", lambda *how: asked.append(how))
+    asking.load(Path("folder"), device)  # type: ignore[arg-type]
+    assert asked == [(Path("folder"), device, dtype)]
+
+
+def test_a_model_in_bfloat16_is_asked_and_its_gap_measured(tmp_path: Path) -> None:
+    model, tokenizer = students.load(save_tiny(tmp_path / "tiny", spread=0.6), dtype=torch.bfloat16)
+    decoding = generation.Decoding(8, 2)
+    texts = asking.ask(ROWS, model, tokenizer, decoding, "d1", tmp_path / "scratch")
+    assert texts == generation.generate(model, tokenizer, [row["prompt"] for row in ROWS], decoding)
+    how = asking.described(model, decoding)
+    assert (how["device"], how["dtype"], how["max_new_tokens"]) == ("cpu", "bfloat16", 8)
+    examples, _ = encode_rows(ROWS, tokenizer, 200, "error", [str(tokenizer.eos_token)])
+    ends = generation.end_ids(model, tokenizer)
+    assert freerunning.summary(freerunning.runs(model, examples, decoding, ends, ends[0]), 0)["rows"] == len(ROWS)
+
+
+def test_what_was_made_once_is_read(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def make() -> list[int]:
+        calls.append(1)
+        return [3, 4]
+
+    assert [asking.kept(tmp_path / "a/b.json", make) for _ in range(2)] == [[3, 4], [3, 4]]
+    assert len(calls) == 1

@@ -1,0 +1,88 @@
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from springhead.errors import BadInput
+from springhead.jsonio import read_json, write_jsonl
+from springhead.llm import answers, score
+from springhead.llm.generation import Answer, Decoding
+from springhead.llm.rouge import rouge
+from tests.llm.tiny import ROWS, save_tiny
+
+pytestmark = pytest.mark.unit
+ASKED: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "x", "answer": 5, "references": ["Ana has five figs. Answer: 5"]},
+    {"id": "b", "prompt": "y", "answer": "7"},
+    {"id": "c", "prompt": "z", "references": ["a b", "c d"]},
+]
+SAID = {"a": ("So. Answer: 5.", "Answer: 6"), "b": ("7", "Answer: 7"), "c": ("a b", "nothing")}
+
+
+def answered(folder: Path, rows: list[dict[str, Any]] = ASKED) -> score.Settings:
+    """Two answers to each row, out of a table."""
+
+    def engine(conversations: Any, keys: Any) -> list[Answer]:
+        pairs = [key.split("/") for key in keys]
+        return [Answer([1], SAID[name][int(sample)], "end") for name, sample in pairs]
+
+    write_jsonl(folder / "rows.jsonl", rows)
+    how = Decoding(temperature=1.0)
+    answers.write_answers(rows, engine, "d1", "t1", how, folder / "answers", samples=2)
+    return score.Settings(str(folder / "answers"), str(folder / "rows.jsonl"), str(folder / "scores"))
+
+
+def test_figures_are_means_over_the_rows_that_have_them(tmp_path: Path) -> None:
+    summary = score.score(answered(tmp_path))
+    assert summary == read_json(tmp_path / "scores/summary.json")
+    assert (summary["model"], summary["answers"], summary["samples"], summary["cut"]) == ("d1", 6, 2, 0.0)
+    exact = summary["scores"]["exact_match"]
+    assert (exact["mean"], exact["rows"]) == (0.5, 2)  # one of two answers to each of a and b
+    assert exact["low"] <= 0.5 <= exact["high"]
+    first = [rouge(ASKED[0]["references"], text)["rougeL"] for text in SAID["a"]]
+    assert summary["scores"]["rougeL"]["mean"] == pytest.approx((sum(first) / 2 + 0.5) / 2)
+    lines = list(csv.DictReader((tmp_path / "scores/rows.csv").open()))
+    assert [(line["row"], line["sample"]) for line in lines] == [(n, k) for n in "abc" for k in "01"]
+    assert [line["exact_match"] for line in lines] == ["1", "0", "0", "1", "", ""]
+
+
+@pytest.mark.fault
+def test_other_rows_and_unfinished_or_nameless_answers_are_refused(tmp_path: Path, capsys) -> None:
+    settings = answered(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", [{**row, "prompt": "other"} for row in ASKED])
+    with pytest.raises(BadInput, match=r"rows\.jsonl: not the rows that"):
+        score.score(settings)
+    write_jsonl(tmp_path / "rows.jsonl", [*ASKED[:2], {"id": "c", "prompt": "z"}])
+    with pytest.raises(BadInput, match="row c: needs 'references' or 'answer'"):
+        score.score(settings)
+    write_jsonl(tmp_path / "rows.jsonl", ASKED)
+    (tmp_path / "answers/answers.jsonl").unlink()
+    with pytest.raises(BadInput, match="not complete"):
+        score.score(settings)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"answers": "a", "rows": "r", "out": "o", "gap_rows": 3}))
+    assert score.main([str(tmp_path / "s.yaml")]) == 2
+    assert "needs both model and gap_rows" in capsys.readouterr().err
+
+
+def test_a_model_is_answered_and_scored_by_command_with_its_gap(tmp_path: Path, capsys) -> None:
+    model = save_tiny(tmp_path / "tiny", spread=0.6)
+    rows = [{"prompt": row["prompt"], "references": [row["completion"]]} for row in ROWS]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    asked = {"model": str(model), "rows": str(tmp_path / "rows.jsonl"), "out": str(tmp_path / "answers")}
+    settings = {**asked, "decoding": {"max_new_tokens": 9}, "device": "cpu"}
+    (tmp_path / "answers.yaml").write_text(yaml.safe_dump(settings))
+    assert answers.main([str(tmp_path / "answers.yaml")]) == 0
+    scored = {"answers": asked["out"], "rows": asked["rows"], "out": str(tmp_path / "scores"), "device": "cpu"}
+    scored |= {"model": str(model), "gap_rows": 2}
+    (tmp_path / "score.yaml").write_text(yaml.safe_dump(scored))
+    assert score.main([str(tmp_path / "score.yaml")]) == 0
+    assert "rougeL 0." in capsys.readouterr().out
+    summary = read_json(tmp_path / "scores/summary.json")
+    assert summary["free_running"]["rows"] == 2
+    assert summary["cut"] == 1.0
+    other = save_tiny(tmp_path / "other", spread=0.5)
+    (tmp_path / "score.yaml").write_text(yaml.safe_dump({**scored, "model": str(other)}))
+    assert score.main([str(tmp_path / "score.yaml")]) == 2
+    assert "not the model of" in capsys.readouterr().err

@@ -5,6 +5,7 @@
     python benchmarks/cde_mazes.py tune          # the candidates of each algorithm, on seeds and resets of their own
     python benchmarks/cde_mazes.py run           # trains and evaluates what has no result file of its settings yet
     python benchmarks/cde_mazes.py run --task MazeUMaze --algorithm cde --ratio 0.1
+    python benchmarks/cde_mazes.py run --task HopperSparse      # data by sparse_locomotion.py
     python benchmarks/cde_mazes.py table         # writes docs/results/cde-mazes.md from the result files
 
 Settings are in ``benchmarks/cde_settings.yaml``: all algorithms share steps, batch and network. A run trains its
@@ -53,7 +54,9 @@ DATA = ROOT / ".springhead/mazes"
 SCRATCH = ROOT / ".springhead/cde-mazes"
 RESULTS = ROOT / "docs/results/cde-mazes"
 PAGE = ROOT / "docs/results/cde-mazes.md"
+SPARSE = ROOT / ".springhead/sparse-locomotion"
 MAZES = ("MazeUMaze", "MazeMedium", "MazeLarge")
+LOCOMOTION = ("HalfCheetahSparse", "HopperSparse")
 ALGORITHMS = {
     "cde": "CDE",
     "bc-all": "BC",
@@ -62,7 +65,7 @@ ALGORITHMS = {
     "td3-bc": "TD3+BC",
     "optidice": "OptiDICE",
 }
-RATIOS = (1.0, 0.1)
+RATIOS = (1.0, 0.1, 0.01)
 SEEDS = (0, 1, 2)
 EPISODES = 20
 COLLECTED, COLLECT_SEED = 1000, 0
@@ -75,11 +78,13 @@ HEAD = """# CDE on sparse and scarce data
     python benchmarks/cde_mazes.py run           # trains what has no result file yet; resumes what was stopped
     python benchmarks/cde_mazes.py table         # this page
 
-Scores are 0 for random actions and 100 for the planner that knows the goal ([mazes](../methods/mazes.md)). A cell is
-the mean over three seeds and the standard deviation between them; a seed's score is the mean of 20 episodes by the
-mean action at each of the last three of ten points of the training. Six algorithms, the same {steps} steps, batches and
-networks: `benchmarks/cde_settings.yaml`, the rest chosen for each maze and algorithm among four with all data and with
-other seeds and resets (`tune`). One file per run, with all settings, lies in `docs/results/cde-mazes/`. torch {torch}.
+Scores of mazes are 0 for random actions and 100 for the planner that knows the goal, those of locomotion the percentage
+of episodes that pass the threshold ([tasks and data](../methods/mazes.md)). A cell is the mean over three seeds and the
+standard deviation between them; a seed's score is the mean of 20 episodes by the mean action at each of the last three
+of ten points of the training. Six algorithms, the same {steps} steps, batches and networks:
+`benchmarks/cde_settings.yaml`. The rest is chosen for each maze and algorithm among four with all data and with other
+seeds and resets (`tune`), and on locomotion fixed before any result. One file per run, with all settings, lies in
+`docs/results/cde-mazes/`. torch {torch}.
 
 """
 
@@ -138,13 +143,13 @@ def given() -> dict[str, Any]:
 
 def settings(run: Run) -> Settings:
     """The run's hyper-parameters: the algorithm's defaults, the common ones, and a candidate's."""
-    number = given()["chosen"].get(run.task, {}).get(run.algorithm) if run.candidate is None else run.candidate
-    if number is None:
+    chosen = given()["chosen"].get(run.task, {}).get(run.algorithm) if run.candidate is None else run.candidate
+    if chosen is None:
         raise BadInput(
             f"{SETTINGS.name}: chosen: no candidate for {run.algorithm} on {run.task}; run `tune --task {run.task}` "
             "and name the best"
         )
-    own = candidates(run.algorithm)[number]
+    own = candidates(run.algorithm)[chosen] if isinstance(chosen, int) else chosen
     values = {**given()["common"], **own}
     return load(entry(run.algorithm).settings_class(), values, f"{SETTINGS.name}: {run.algorithm}")
 
@@ -185,6 +190,18 @@ def plan(run: Run, data: Path) -> dict[str, Any]:
     }
 
 
+def data_file(folder: Path, name: str) -> Path:
+    """The data set of a task: a maze's in the given folder, a locomotion task's where it was collected."""
+    return (SPARSE / task(name).env_id if name in LOCOMOTION else folder / name) / "dataset.hdf5"
+
+
+def score(of: Task, returns: list[float]) -> float:
+    """From 0 to 100: of a maze by its references, of a locomotion task the share of episodes that succeed."""
+    if of.name in LOCOMOTION:
+        return 100 * float(np.mean(np.array(returns) > 0))
+    return 100 * of.normalised_return(float(np.mean(returns)))
+
+
 def has_result(run: Run, data: Path, results: Path) -> bool:
     """Whether there is a result file of the run, made with these very settings and data."""
     path = results / f"{run.name}.json"
@@ -217,7 +234,7 @@ def execute(run: Run, data: Path, scratch: Path, results: Path) -> dict[str, Any
             save_model(folder / f"model-{seed}-{step}", model.config, files)
             each.append(evaluate(folder / f"model-{seed}-{step}", of, run.resets))
         returns[str(seed)] = each
-        scores[str(seed)] = [round(100 * of.normalised_return(float(np.mean(found))), 2) for found in each]
+        scores[str(seed)] = [round(score(of, found), 2) for found in each]
     result = {
         "plan": planned,
         "episodes_used": len(episodes),
@@ -247,7 +264,7 @@ def table(results: Path) -> str:
     ]
     ahead: dict[float, list[str]] = {ratio: [] for ratio in RATIOS}
     for ratio in RATIOS:
-        for name in MAZES:
+        for name in (*MAZES, *LOCOMOTION):
             rows = {key: found.get(Run(name, key, ratio).name) for key in ALGORITHMS}
             if not any(rows.values()):
                 continue
@@ -258,7 +275,7 @@ def table(results: Path) -> str:
                 text = f"{scores[key].mean():.1f} ± {scores[key].std(ddof=1):.1f}" if key in scores else "–"
                 cells.append(f"**{text}**" if key == best else text)
             whole = len(scores) == len(ALGORITHMS)
-            if whole and best == "cde":
+            if whole and best == "cde" and name in MAZES:
                 ahead[ratio].append(name)
             used = next(row["episodes_used"] for row in rows.values() if row)
             verdict = ("yes" if best == "cde" else "no") if whole else "–"
@@ -267,9 +284,9 @@ def table(results: Path) -> str:
     lines[-1] += " and ".join(f"on {len(names)} of {len(MAZES)} mazes at {100 * r:g} %" for r, names in ahead.items())
     lines[-1] += " of the data. A maze without a row was not run."
     lines += ["", "| maze | data set, sha256 | score 0 | score 100 |", "|---|---|--:|--:|"]
-    for name in MAZES:
+    for name in (*MAZES, *LOCOMOTION):
         digests = sorted({row["plan"]["data_sha256"] for row in found.values() if row["plan"]["task"] == name})
-        low, high = task(name).return_range
+        low, high = task(name).return_range if name in MAZES else (0, 100)
         lines.append(f"| {name} | {', '.join(f'`{digest}`' for digest in digests) or '–'} | {low:g} | {high:g} |")
     return "\n".join(lines) + "\n"
 
@@ -293,11 +310,11 @@ def write_page(results: Path) -> None:
 
 def run_all(wanted: list[Run], data: Path, scratch: Path, results: Path) -> None:
     """Runs what has no result file yet, one after the other."""
-    todo = [run for run in wanted if not has_result(run, data / run.task / "dataset.hdf5", results)]
+    todo = [run for run in wanted if not has_result(run, data_file(data, run.task), results)]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} runs have a result; {len(todo)} to do", flush=True)
     for number, run in enumerate(todo, start=1):
         try:
-            made = execute(run, data / run.task / "dataset.hdf5", scratch, results)
+            made = execute(run, data_file(data, run.task), scratch, results)
         except Exception as error:  # one run that fails must not take the others with it
             print(f"[{number}/{len(todo)}] {run.name}: FAILED: {error}", file=sys.stderr, flush=True)
             continue
@@ -316,7 +333,8 @@ def main() -> None:
     runner = commands.add_parser("run", help="train and evaluate what has no result file of its settings yet")
     shower = commands.add_parser("table", help="write the page's tables from the result files")
     for command in (collector, refer, tuner, runner):
-        command.add_argument("--task", action="append", choices=MAZES, help="only this one; may be given again")
+        choices = MAZES if command in (collector, refer) else (*MAZES, *LOCOMOTION)
+        command.add_argument("--task", action="append", choices=choices, help="default the mazes; may be given again")
     for command in (collector, runner, tuner):
         command.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
     for command in (runner, tuner, shower):

@@ -211,7 +211,11 @@ def train_ours(
 
     def has_result(limit: float, seed: int) -> bool:
         one = result(limit, seed)
-        return one.exists() and canonical({key: read_json(one)[key] for key in facts}) == canonical(facts)
+        if not one.exists():
+            return False
+        found = read_json(one)
+        found["parameters"] = with_defaults(algorithm, found["parameters"])
+        return canonical({key: found[key] for key in facts}) == canonical(facts)
 
     todo = [limit for limit in limits if not all(has_result(limit, seed) for seed in seeds)]
     if not todo:
@@ -240,6 +244,15 @@ def train_ours(
             }  # fmt: skip
             result(limit, seed).write_bytes(canonical(found) + b"\n")
     print(f"{name}: {seconds:.0f} s for all members, {time.perf_counter() - started:.0f} s with evaluation", flush=True)
+
+
+def with_defaults(algorithm: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """A result's parameters, and settings that came later at their defaults, which do what was done before them."""
+    from springhead.params import load
+    from springhead.rl.offline.algorithms import entry
+
+    made = load(entry(algorithm).settings_class(), parameters, f"a result of {algorithm}")
+    return {key: value for key, value in plain(asdict(made)).items() if key != "limits"}
 
 
 def evaluate(model: Trained, of: Task, folder: Path, limits: list[float], episodes: int) -> list[dict[str, Any]]:

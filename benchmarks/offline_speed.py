@@ -36,9 +36,9 @@ PAPER: dict[str, dict[str, Any]] = {
     "bear-lag": {"batch_size": 512, "hidden": [256, 256], "vae_hidden": [400, 400]},
     "cpq": {"batch_size": 512, "hidden": [256, 256], "vae_hidden": [400, 400]},
     "coptidice": {"batch_size": 512, "hidden": [256, 256]},
-    "cdt": {"batch_size": 128, "width": 128, "layers": 3, "heads": 8},
+    "cdt": {"batch_size": 2048, "width": 128, "layers": 3, "heads": 8},
 }
-"""Sizes of the papers, by our names; but for CDT's batch."""
+"""Sizes of the papers, by our names."""
 NAMES = {"vae_hidden": "vae_hidden_sizes", "width": "embedding_dim", "layers": "num_layers", "heads": "num_heads"}
 """OSRL's names of ours, where there is one."""
 

@@ -42,7 +42,8 @@ def prepare(folder: Path, target: Path, cost_limit: float | None) -> Path:
     Args:
         folder: the model folder; it is only read.
         target: a folder to make.
-        cost_limit: the default of the served policy's parameter ``cost_limit``.
+        cost_limit: the default of the served policy's parameter ``cost_limit``, which it has where it acts
+            differently under different limits.
     """
     if kind(folder) == LANGUAGE_MODEL:
         return folder
@@ -51,15 +52,17 @@ def prepare(folder: Path, target: Path, cost_limit: float | None) -> Path:
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
+    from springhead.rl.offline.algorithms import ALGORITHMS
     from springhead.rl.policy import load_policy
 
     policy = load_policy(folder)
     shape = (-1, policy.observation_dim)
     default = 0.0 if cost_limit is None else float(cost_limit)
+    heeds = policy.algorithm in ALGORITHMS and ALGORITHMS[policy.algorithm].knows_limits
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, policy.action_dim))]),
-        params=ParamSchema([ParamSpec("cost_limit", "double", default)]),
+        params=ParamSchema([ParamSpec("cost_limit", "double", default)]) if heeds else None,
     )
     mlflow.pyfunc.save_model(
         str(target),

@@ -41,7 +41,7 @@ class ServedPolicy(PythonModel):
             context: unused; the policy is loaded once.
             model_input: an array, or a data frame with one column per component.
             params: ``cost_limit``, the undiscounted cost allowed in an episode; the signature of the
-                model has the default.
+                model has the default. None for a policy that acts alike under every limit.
 
         Raises:
             MlflowException: on observations or a limit that the policy cannot take, answered by
@@ -49,7 +49,7 @@ class ServedPolicy(PythonModel):
         """
         try:
             with self.lock:
-                return predict(self.policy, np.asarray(model_input), float((params or {})["cost_limit"]))
+                return predict(self.policy, np.asarray(model_input), float((params or {}).get("cost_limit", 0.0)))
         except BadInput as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 

@@ -10,12 +10,13 @@ import pytest
 
 from springhead import registry, signing, tracking, versions
 from springhead.errors import BadInput, Finding
-from springhead.jsonio import write_json
+from springhead.jsonio import read_json, write_json
 from springhead.keys import Keys
 from springhead.lineage.audit import audit
 from springhead.lineage.digests import tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.spool import Spool
+from tests import promotable
 from tests.promotable import NAME, TASK, Checkout, empty_store
 
 
@@ -266,6 +267,27 @@ def test_the_served_form_answers_like_the_policy(checkout: Checkout) -> None:
         frame = pd.DataFrame(observations)
         np.testing.assert_array_equal(served.predict(frame, params={"cost_limit": limit}), expected)
     np.testing.assert_array_equal(served.predict(observations), predict(policy, observations, 20.0))
+
+
+def test_a_policy_that_knows_no_limits_is_served_without_one(tmp_path: Path) -> None:
+    import mlflow
+
+    from springhead import packaging
+    from springhead.rl.policy import load_policy, predict
+
+    promotable.policy(tmp_path / "model", 0)
+    knows = packaging.prepare(tmp_path / "model", tmp_path / "knows", 20.0)
+    signature = mlflow.models.get_model_info(str(knows)).signature
+    assert [each.name for each in signature.params.params] == ["cost_limit"]
+    config = read_json(tmp_path / "model/config.json")
+    shutil.copytree(tmp_path / "model", tmp_path / "bc-all")
+    write_json(tmp_path / "bc-all/config.json", {**config, "algorithm": "bc-all", "limits": []})
+    shutil.copy(tmp_path / "model/limit-10.safetensors", tmp_path / "bc-all/policy.safetensors")
+    made = packaging.prepare(tmp_path / "bc-all", tmp_path / "served", 20.0)
+    assert mlflow.models.get_model_info(str(made)).signature.params is None
+    rows = np.ones((2, config["observation_dim"]), np.float32)
+    expected = predict(load_policy(tmp_path / "bc-all"), rows, 0.0)
+    np.testing.assert_array_equal(mlflow.pyfunc.load_model(str(made)).predict(rows), expected)
 
 
 def small_llama(folder: Path, seed: int) -> None:

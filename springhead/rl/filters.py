@@ -13,8 +13,10 @@ Nothing is dropped without such a row. ``filter_chain.apply`` runs several rules
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -302,6 +304,45 @@ def density(
     place = _places(cell[left], rng)
     most_allowed = np.full(len(left), float(settings.max_per_cell))
     return [sparse, Judgement("density-crowded", left, place <= most_allowed, place, most_allowed)]
+
+
+def released_cells(
+    costs: npt.NDArray[np.floating[Any]],
+    returns: npt.NDArray[np.floating[Any]],
+    settings: Density,
+    published: tuple[tuple[float, float], tuple[float, float]] | None = None,
+) -> list[list[int]]:
+    """Positions by cell as DSRL's and OSRL's released code have them, cells in the order in which they are first met.
+
+    The highest value has a cell of its own beyond the grid; where all values are equal, every position has one. Here
+    beside :func:`cells`, since CDT's augmentation has the same grid as the density filter.
+
+    Args:
+        costs: (n,) episode costs.
+        returns: (n,) episode returns.
+        settings: The grid.
+        published: Ranges of costs and of returns; what lies outside is in no cell. None for those of the values.
+    """
+    keys: list[Any] = []
+    inside = np.ones(len(returns), dtype=bool)
+    for number, (values, bins) in enumerate(((costs, settings.cost_bins), (returns, settings.return_bins))):
+        low: Any = values.min()
+        high: Any = values.max()
+        if published is not None:
+            low, high = max(low, published[number][0]), min(high, published[number][1])
+        inside &= (values >= low) & (values <= high)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            keys.append((values - low) // ((high - low) / bins))
+    members: dict[Any, list[int]] = defaultdict(list)
+    for position in np.flatnonzero(inside).tolist():
+        key = (float(keys[0][position]), float(keys[1][position]))
+        members[position if np.isnan(key).any() else key].append(position)
+    return list(members.values())
+
+
+def thinned(cell: list[int], settings: Density, rng: random.Random) -> list[int]:
+    """At most ``max_per_cell`` of a cell, drawn at random where it has more."""
+    return rng.sample(cell, settings.max_per_cell) if len(cell) > settings.max_per_cell else cell
 
 
 def _places(group: npt.NDArray[np.int64], rng: np.random.Generator) -> Floats:

@@ -95,11 +95,11 @@ class Released:
     def density(self, settings: filters.Density) -> None:
         """Thins and empties cells, and puts what is left into the order in which its cells were first met."""
         task, n = self.state.task, len(self.returns)
-        members = self._cells(settings, task.cost_range, task.return_range)
         count, place, order = np.zeros(n), np.full(n, np.nan), []
-        for cell in members.values():
+        published = (task.cost_range, task.return_range) if settings.box == "task" else None
+        for cell in filters.released_cells(self.costs, self.returns, settings, published):
             count[cell] = len(cell)
-            kept = self.random.sample(cell, settings.max_per_cell) if len(cell) > settings.max_per_cell else cell
+            kept = filters.thinned(cell, settings, self.random)
             ranked = list(dict.fromkeys([*kept, *cell]))
             place[ranked] = np.arange(1.0, len(ranked) + 1)
             if len(cell) > settings.min_per_cell:
@@ -114,29 +114,6 @@ class Released:
         self.state.judge(crowded, np.searchsorted(stayed, ordered))
         self.returns, self.costs = self.returns[ordered], self.costs[ordered]
         self.left = np.arange(len(ordered))
-
-    def _cells(
-        self, settings: filters.Density, cost_range: tuple[float, float], return_range: tuple[float, float]
-    ) -> dict[Any, list[int]]:
-        """Positions by cell, cells in the order in which they are first met; none outside the box."""
-        keys: list[Any] = []
-        inside = np.ones(len(self.returns), dtype=bool)
-        for values, published, bins in (
-            (self.costs, cost_range, settings.cost_bins),
-            (self.returns, return_range, settings.return_bins),
-        ):
-            low: Any = values.min()
-            high: Any = values.max()
-            if settings.box == "task":
-                low, high = max(low, published[0]), min(high, published[1])
-            inside &= (values >= low) & (values <= high)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                keys.append((values - low) // ((high - low) / bins))
-        members: dict[Any, list[int]] = defaultdict(list)
-        for number in np.flatnonzero(inside).tolist():
-            key = (float(keys[0][number]), float(keys[1][number]))
-            members[number if np.isnan(key).any() else key].append(number)
-        return members
 
     def outliers(self, settings: filters.Outliers) -> None:
         """Falsifies episodes drawn among those that reach half of the published maxima."""

@@ -95,7 +95,12 @@ class Entrant:
 
 
 def limits_of(trained: Sequence[float], of: Task) -> tuple[float, ...]:
-    """The task's limits that a policy can be asked to keep, and those it was trained for; in ascending order."""
+    """The task's limits that a policy can be asked to keep, and its own; in ascending order.
+
+    Args:
+        trained: The limits it was trained for, or is to be asked for; empty for the task's.
+        of: The task.
+    """
     if not trained:
         return of.limits
     return tuple(sorted({*trained, *(limit for limit in of.limits if limit >= min(trained))}))
@@ -116,7 +121,7 @@ def models(folders: Sequence[Path], root: Path, of: Task) -> list[Entrant]:
         if not seed.isdigit():
             raise BadInput(f"{path}: expected …/<algorithm>/<seed>/model; the folder above is {seed!r}, not a seed")
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        limits = limits_of(config.get("limits", ()), of)
+        limits = limits_of(config.get("limits") or config.get("asked_limits", ()), of)
         runs = limits if entry(config["algorithm"]).knows_limits else limits[:1]
         found.append(Entrant(config["algorithm"], int(seed), path, name, tree_digest(path), limits, runs))
     if not found:
@@ -290,7 +295,7 @@ def run(stage: Stage[Params]) -> None:
     chosen = choose(stage, of, trained, outcomes)
     board = [{"checkpoint": "last", **row} for row in rows]
     board += [{"checkpoint": "feasible-first", **row} for row in over_seeds(chosen)]
-    write_csv(stage.out / "leaderboard.csv", board if chosen else rows)
+    write_csv(stage.out / "leaderboard.csv", board)
     write_frontier(stage.out, stage.input("filter"), of, rows)
     write_json(
         stage.out / "summary.json",

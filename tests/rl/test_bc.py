@@ -11,7 +11,7 @@ from springhead.errors import BadInput
 from springhead.rl.dataset import Episode
 from springhead.rl.offline import bc, training
 from springhead.rl.offline.contract import OnStep
-from springhead.rl.offline.frontier import best_return, fit, fit_until, pareto
+from springhead.rl.offline.frontier import fit, fit_until, pareto
 from springhead.rl.policy import load_policy, save_model
 from tests.rl.offline_data import BALL, dataset, episode, spread
 
@@ -85,12 +85,6 @@ def test_one_episode_and_equal_costs_are_enough_for_the_frontier() -> None:
     assert bc.select("frontier", np.array([4.0, 4.0]), np.array([3.0, 3.0]), 0.0).tolist() == [0, 1]
 
 
-def test_the_best_return_within_a_limit() -> None:
-    assert best_return(RETURNS, COSTS, 10.0) == 3.0
-    with pytest.raises(BadInput, match="cheapest costs 0"):
-        best_return(RETURNS, COSTS, -1.0)
-
-
 def train(
     mode: str, episodes: list[Episode], settings: bc.BCSettings, seed: int, scratch: Path, on_step: OnStep = quiet
 ) -> training.Trained:
@@ -99,11 +93,12 @@ def train(
 
 def test_the_first_losses_are_pinned(tmp_path: Path) -> None:
     losses: list[float] = []
-    train("safe", spread(12), SMALL, 3, tmp_path, lambda step, f: losses.append(f["loss-limit-10"]))
+    ten = replace(SMALL, steps=10)
+    train("safe", spread(12), ten, 3, tmp_path, lambda step, f: losses.append(f["loss-limit-10"]))
     assert losses == pytest.approx(PINNED, rel=1e-4)
 
 
-PINNED = [0.330007, 0.517342, 0.383173, 0.46575, 0.444582, 0.469286]
+PINNED = [0.330007, 0.517342, 0.383173, 0.46575, 0.444582, 0.469286, 0.451691, 0.355254, 0.416852, 0.403182]
 
 
 def test_it_learns_actions_that_follow_from_states(tmp_path: Path) -> None:
@@ -162,6 +157,28 @@ def test_multi_task_acts_by_the_limit_it_is_given(tmp_path: Path) -> None:
     low = policy.act(rows)
     policy.reset(2, 40)
     assert (policy.act(rows) != low).any()
+
+
+def test_multi_task_takes_limits_of_ones_own(tmp_path: Path) -> None:
+    dear = dataset([(9.0, 15), (9.5, 18)])
+    with pytest.raises(
+        BadInput, match=r"bc-multi-task on BallCircle: none of 2 episodes keeps the cost limit 10 .*set"
+    ):
+        train("multi-task", dear, SMALL, 0, tmp_path / "default")
+    config = train("multi-task", dear, replace(SMALL, limits=(25.0, 15.0)), 0, tmp_path / "own").config
+    assert (config["limits"], config["asked_limits"], config["cost_scale"]) == ([], [15.0, 25.0], 25.0)
+    config = train("multi-task", spread(12), SMALL, 0, tmp_path / "task").config
+    assert config["cost_scale"] == 40.0
+    assert "asked_limits" not in config
+    with pytest.raises(BadInput, match=r"bc-multi-task: limits are all 0.*name one above 0"):
+        train("multi-task", spread(12), replace(SMALL, limits=(0.0,)), 0, tmp_path / "zero")
+
+
+def test_multi_task_may_see_costs_as_they_are(tmp_path: Path) -> None:
+    raw = train("multi-task", spread(12), replace(SMALL, cost_input="raw"), 3, tmp_path / "raw")
+    assert raw.config["cost_scale"] == 1.0
+    scaled = train("multi-task", spread(12), SMALL, 3, tmp_path / "scaled")
+    assert raw.history[0]["loss"] != scaled.history[0]["loss"]
 
 
 def test_bad_data_are_named_before_training(tmp_path: Path) -> None:

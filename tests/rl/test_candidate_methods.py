@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from springhead.rl.offline.candidates import CandidateSettings
+from springhead.rl.offline.candidates import CandidateSettings, picked
 from tests.rl import test_bcq_lag, test_bear_lag, test_cpq
 from tests.rl.offline_runs import check_acting, check_members, check_refusals, check_resuming, trained_policy
 
@@ -36,3 +37,9 @@ def test_it_acts(name: str, tmp_path: Path) -> None:
 @EACH
 def test_bad_data_are_named_before_training(name: str, tmp_path: Path) -> None:
     check_refusals(name, SMALL[name], tmp_path)
+
+
+def test_networks_are_picked_by_slices() -> None:
+    weights = torch.arange(24.0).view(6, 2, 2)  # two members of three networks
+    assert torch.equal(picked(weights, 3, [0, 2]), weights[[0, 2, 3, 5]])
+    assert torch.equal(picked(weights, 3, [1]), weights[[1, 4]])

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from springhead.errors import BadInput
+from springhead.jsonio import read_json
+from springhead.params import load
 from springhead.rl.dataset import Episode
 from springhead.rl.offline import cdt
 from springhead.rl.offline.batches import flatten
@@ -18,6 +20,7 @@ from springhead.rl.offline.frontier import attainable
 from springhead.rl.offline.relabelling import (
     Augmentation,
     Items,
+    evened_out,
     infeasible_targets,
     plain,
     relabelled,
@@ -27,12 +30,20 @@ from springhead.rl.offline.sequences import Batch, Sampler, Scheme, to_go
 from springhead.rl.offline.training import Trained, train
 from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
 from springhead.rl.policy import load_policy, save_model
+from springhead.rl.tasks import TASKS, task
 from tests.rl.offline_data import BALL, dataset, spread
 
 pytestmark = pytest.mark.unit
 SMALL = cdt.CDTSettings(
     steps=10, batch_size=8, context=4, width=8, layers=2, heads=2, learning_rate=1e-2, warmup=2, decay=True,
     augmentation=Augmentation(min_per_cell=0), checkpoint_every=4, report_every=1,
+)  # fmt: skip
+RELEASED = replace(
+    SMALL, entropy="per-dimension", clamp_cost=False, cost_head="truncated", cost_loss="padded", bounded=False,
+    attention_start="released", decay=False, cost_reference=50.0, sampling_cap=70.0,
+    augmentation=Augmentation(
+        degree=1, min_return=1.0, pairs="grouped", extrapolate=True, grid="released", min_per_cell=0
+    ),
 )  # fmt: skip
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -110,6 +121,55 @@ def test_the_released_code_extrapolates_and_reverses_the_interval() -> None:
     assert (target_returns[beyond] < 10 * target_costs[beyond]).all()
 
 
+class Middle:
+    """A generator that draws the middle of every interval, and the most likely of several."""
+
+    def random(self, number: int) -> np.ndarray:
+        return np.full(number, 0.5)
+
+    def choice(self, among: np.ndarray, p: np.ndarray) -> int:
+        return int(among[np.argmax(p)])
+
+    def integers(self, high: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(("extrapolate", "last"), [(False, 105.0), (True, 107.5)])
+def test_return_targets_begin_a_least_return_above_the_frontier(extrapolate: bool, last: float) -> None:
+    costs, returns = np.array([0.0, 10.0, 20.0]), np.array([0.0, 50.0, 100.0])
+    settings = Augmentation(degree=1, min_return=10.0, max_return=105.0, extrapolate=extrapolate)
+    target_returns, _ = infeasible_targets(returns, costs, 3, settings, Middle())  # type: ignore[arg-type]
+    assert target_returns == pytest.approx([57.5, 82.5, last])  # between 10, 60, 110 and 105
+
+
+def test_the_released_grid_gives_the_highest_values_a_cell_of_their_own() -> None:
+    costs, returns = np.array([0.0, 1.0, 2.0, 9.0, 10.0]), np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    settings = Augmentation(cost_bins=2, return_bins=1, min_per_cell=1)
+    assert evened_out(returns, costs, settings, rng()).tolist() == [0, 1, 2, 3, 4]
+    # Cells of five costs: the last holds 9 alone, and 10 is beyond it.
+    assert evened_out(returns, costs, replace(settings, grid="released"), rng()).tolist() == [0, 1, 2]
+    crowded = replace(settings, grid="released", max_per_cell=2)
+    assert len(evened_out(returns, costs, crowded, rng())) == 2
+
+
+def test_relabelling_in_the_released_mode_by_hand() -> None:
+    """As OSRL's own augmentation gives it on these episodes, with its draws put in the middle too.
+
+    The grid's cells are one cost and four returns wide, so the best episode is alone and left out. The frontier of the
+    others, (0, 1) and (1, 4.5), is p(C) = 1 + 3.5 C. Targets lie between p(C) + 1 and 10, and the first episode but
+    one answers three, since no other costs as little and returns at most .5 less.
+    """
+    costs, returns = np.array([0.0, 0.0, 1.0, 1.0, 2.0]), np.array([0.0, 1.0, 4.0, 4.5, 8.0])
+    settings = Augmentation(
+        share=1.0, degree=1, max_return=10.0, min_return=1.0, max_return_decrease=0.5, pairs="grouped",
+        extrapolate=True, grid="released", cost_bins=2, return_bins=2, min_per_cell=1,
+    )  # fmt: skip
+    items = relabelled(returns, costs, settings, Middle())  # type: ignore[arg-type]
+    assert items.episode.tolist() == [1, 1, 1, 3]
+    assert items.target_cost == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert items.target_return == pytest.approx([6.0, 6 + 1.75 / 3, 6 + 3.5 / 3, 7.75])
+
+
 def test_targets_keep_their_own_episode() -> None:
     """The pairs, not only the sets: every answered episode keeps the cost target beside it."""
     costs, returns = np.linspace(0, 20, 40), np.linspace(0, 100, 40)
@@ -122,6 +182,22 @@ def test_targets_keep_their_own_episode() -> None:
 def test_a_grid_that_empties_everything_is_an_error_that_names_the_key() -> None:
     with pytest.raises(BadInput, match=r"leaves none of 3 episodes.*augmentation\.min_per_cell"):
         relabelled(np.array([1.0, 2.0, 3.0]), np.array([0.0, 5.0, 9.0]), Augmentation(min_per_cell=1), rng())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"share": 1.5}, "share is 1.5; use a number between 0 and 1"),
+        ({"degree": -1}, "degree is -1; use at least 0"),
+        ({"distance_offset": 0.0}, "distance_offset is 0.0; use more than 0"),
+        ({"max_return_decrease": -1.0}, "max_return_decrease is -1.0; use at least 0"),
+        ({"max_return": math.nan}, "max_return is nan; use a finite number"),
+        ({"max_per_cell": 0}, "max_per_cell is 0; use at least 1"),
+    ],
+)
+def test_settings_of_the_augmentation_out_of_range_are_named(change: dict[str, float], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Augmentation(**change)  # type: ignore[arg-type]
 
 
 # -- sequences --------------------------------------------------------------------------------
@@ -310,6 +386,9 @@ def test_losses_by_hand() -> None:
     assert float(mean_of.entropy) == pytest.approx(entropy / 2, rel=1e-5)
     assert float(mean_of.action) == pytest.approx(float(joint.action) / 2, rel=1e-5)
     assert float(mean_of.cost) == pytest.approx(float(joint.cost), rel=1e-5)
+    padded = cdt.losses(outputs, batch, 0.1 * one, "joint", one, places=2)  # one step of two places
+    assert float(padded.cost) == pytest.approx(float(joint.cost) / 2, rel=1e-5)
+    assert float(padded.action) == float(joint.action)
 
 
 def test_a_continuous_cost_is_regressed() -> None:
@@ -326,6 +405,14 @@ def test_slices_of_a_batch_add_up_to_the_whole(tmp_path: Path, monkeypatch: pyte
     for name, value in whole.files["policy.safetensors"].items():
         torch.testing.assert_close(sliced.files["policy.safetensors"][name], value, atol=1e-5, rtol=1e-4)
     assert sliced.history[-1] == pytest.approx(whole.history[-1], rel=1e-4)
+
+
+def test_the_released_cost_loss_is_spread_over_padding_too() -> None:
+    mask = learner().sampler.draw().mask
+    steps, padded = (learner(replace(SMALL, cost_loss=which)).update(1) for which in ("steps", "padded"))
+    assert 0.5 < float(mask.mean()) < 1
+    assert float(padded["cost_loss"] / steps["cost_loss"]) == pytest.approx(float(mask.mean()), rel=1e-5)
+    assert float(padded["loss"]) == float(steps["loss"])
 
 
 @pytest.mark.parametrize(("entropy", "sign"), [(-1.9, 1.0), (-2.1, -1.0)])
@@ -365,6 +452,19 @@ def test_an_update_is_one_step_of_adamw_down_the_clipped_gradient() -> None:
 # -- training ---------------------------------------------------------------------------------
 
 
+PINNED_RELEASED = [0.98683, 0.95399, 0.90072, 0.87391, 0.79735, 0.76972, 0.73607, 0.70644, 0.61534, 0.56156]
+PINNED_RELEASED_COST = [
+    0.628426,
+    0.615653,
+    0.676031,
+    0.656415,
+    0.575184,
+    0.718797,
+    0.692757,
+    0.519901,
+    0.637282,
+    0.649863,
+]
 PINNED = [2.01519, 1.90751, 1.78428, 1.73343, 1.60752, 1.54959, 1.57904, 1.58618, 1.54245, 1.52699]
 
 
@@ -382,6 +482,14 @@ def test_the_first_losses_are_pinned(tmp_path: Path) -> None:
     found: list[float] = []
     run(tmp_path, on_step=lambda step, figures: found.append(figures["loss"]))
     assert found == pytest.approx(PINNED, rel=1e-4)
+
+
+def test_the_first_losses_of_the_released_mode_are_pinned(tmp_path: Path) -> None:
+    found: list[tuple[float, float]] = []
+    run(tmp_path, RELEASED, on_step=lambda step, row: found.append((row["loss"], row["cost_loss"])))
+    loss, cost_loss = zip(*found, strict=True)
+    assert loss == pytest.approx(PINNED_RELEASED, rel=1e-4)
+    assert cost_loss == pytest.approx(PINNED_RELEASED_COST, rel=1e-4)
 
 
 def test_members_trained_together_equal_members_trained_alone(tmp_path: Path) -> None:
@@ -529,6 +637,21 @@ def test_a_table_of_return_targets_comes_first(tmp_path: Path) -> None:
     assert [loaded.return_target(limit) for limit in (5, 10, 39, 40)] == [700.0, 700.0, 700.0, 800.0]
 
 
+def test_the_published_table_is_that_of_the_released_configurations(tmp_path: Path) -> None:
+    published = read_json(cdt.PUBLISHED_TARGETS)
+    assert set(published) == {name for name, of in TASKS.items() if of.data_file}  # the benchmark's 38
+    assert all(len(pairs) == 3 and sorted(pairs) == pairs for pairs in published.values())
+    # rl_tasks.md, table B: the base class, whose third limit is not the benchmark's, and two with half steps.
+    assert published["CarCircle"] == [[10, 450], [20, 500], [50, 550]]
+    assert published["PointCircle1"] == [[20, 50], [40, 52.5], [80, 55]]
+    settings = load(cdt.CDTSettings, {"return_targets": "published", "steps": 1}, "p")
+    assert settings.return_targets == "published"
+    trained = run(tmp_path / "s", replace(SMALL, steps=1, return_targets="published"))
+    assert trained.config["return_targets"] == [[10.0, 700.0], [20.0, 750.0], [40.0, 800.0]]
+    with pytest.raises(BadInput, match="cdt on MazeUMaze: no return targets are published for it; remove"):
+        cdt._return_targets(settings, task("MazeUMaze"))
+
+
 def test_an_episodes_actions_do_not_depend_on_its_neighbours(policy: cdt.CdtPolicy) -> None:
     g = np.random.default_rng(0)
     steps = [(g.normal(size=(3, 8)).astype(np.float32), g.random(3), g.random(3)) for _ in range(6)]
@@ -542,6 +665,42 @@ def test_an_episodes_actions_do_not_depend_on_its_neighbours(policy: cdt.CdtPoli
         return np.stack(actions)
 
     np.testing.assert_allclose(play([0, 1, 2])[:, 1], play([1])[:, 0], atol=1e-5)
+
+
+def test_time_stands_still_behind_the_longest_episode(policy: cdt.CdtPolicy) -> None:
+    """Rows of the time embeddings behind it were never trained; here they spoil what they touch."""
+    policy._network.time[:, 20:] = torch.nan
+    policy.reset(1, 20.0)
+    for _ in range(30):
+        assert np.isfinite(policy.act(np.zeros((1, 8), dtype=np.float32))).all()
+        policy.observe(np.zeros(1), np.zeros(1))
+    assert len(policy._past) == 4
+
+
+def test_a_context_longer_than_any_episode_is_cut(tmp_path: Path) -> None:
+    trained = run(tmp_path / "s", replace(SMALL, steps=1), dataset([(1.0, 1), (2.0, 2)], length=3))
+    save_model(tmp_path / "m", trained.config, trained.files)
+    loaded = cdt.load(tmp_path / "m")
+    loaded._network.time[:, 3:] = torch.nan
+    for _ in range(6):
+        assert np.isfinite(loaded.act(np.zeros((1, 8), dtype=np.float32))).all()
+        loaded.observe(np.zeros(1), np.zeros(1))
+    assert len(loaded._past) == 3
+
+
+def test_an_episode_that_is_never_drawn_trains_no_time() -> None:
+    episodes = [*dataset([(1.0, 1), (2.0, 2)], length=5), *dataset([(9.0, 8)], length=9)]
+    made = cdt.CDT("cdt", flatten(episodes, BALL), BALL, replace(SMALL, sampling_cap=8.0), [Member(0)])
+    assert made.shape.time_steps == 5 + SMALL.context
+    made = cdt.CDT("cdt", flatten(episodes, BALL), BALL, replace(SMALL, sampling_cap=9.0), [Member(0)])
+    assert made.shape.time_steps == 9 + SMALL.context
+
+
+def test_a_context_beyond_the_table_of_times_is_not_loaded(tmp_path: Path) -> None:
+    trained = run(tmp_path / "s", replace(SMALL, steps=1))
+    save_model(tmp_path / "m", {**trained.config, "context": 24}, trained.files)
+    with pytest.raises(BadInput, match=r"config\.json: context is 24 of 24 time_steps"):
+        cdt.load(tmp_path / "m")
 
 
 def test_what_an_episode_earns_and_spends_changes_what_follows(policy: cdt.CdtPolicy) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from springhead.errors import BadInput
-from springhead.rl import filters_released
+from springhead.rl import filters
 from springhead.rl.dataset import EPISODE_KEYS, Dataset, Episode, read_dsrl, write_dsrl
 from springhead.rl.filter_chain import Settings, Step, apply
-from springhead.rl.filter_state import Filtered, State
+from springhead.rl.filter_state import Filtered
 from springhead.rl.filters import Density, Epsilon, Inpaint, Noise, Outliers, Ranges, Thin
 from tests.rl.offline_data import BALL, dataset
 
@@ -146,9 +146,9 @@ def test_the_highest_value_has_a_cell_of_its_own_and_equal_values_have_one_each(
     assert len(ours(data, 0, {"density": Density(1, 2, 9, 0)}).sources) == 4
     with pytest.raises(BadInput, match="none of its 4 episodes"):
         ours(data, 0, {"density": Density(1, 2, 9, 1)})
-    spread = Dataset.of(dataset([(float(value), value) for value in (0, 0, 5, 10)]))
-    members = filters_released.Released(State(spread, BALL), 0)._cells(Density(2, 2), (0, 1), (0, 1))
-    assert list(members) == [(0.0, 0.0), (1.0, 1.0), (2.0, 2.0)]
+    values = np.array([0.0, 0.0, 5.0, 10.0])
+    assert filters.released_cells(values, values, Density(2, 2)) == [[0, 1], [2], [3]]
+    assert filters.released_cells(values, values, Density(2, 2), ((0.0, 7.0), (0.0, 10.0))) == [[0, 1], [2]]
 
 
 def test_the_later_code_s_box_is_the_published_range() -> None:

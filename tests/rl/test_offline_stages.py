@@ -48,7 +48,7 @@ def params(algorithm: str) -> train.Params:
 def test_limits_of_ones_own_are_evaluated(data: Path, tmp_path: Path) -> None:
     inputs = {"filter": data, "validate": data.parent / "verdict.json", "experts": data.parent / "experts"}
     chosen = train.Params({"bc": {"steps": 3, "batch_size": 4, "hidden": [8], "limits": [15, 30]}})
-    for algorithm in ("bc-safe", "bc-all"):
+    for algorithm in ("bc-safe", "bc-all", "bc-multi-task"):
         item = {"task": "BallCircle", "algorithm": algorithm, "seed": "0"}
         train.run(for_test(chosen, tmp_path / "train" / algorithm / "0", inputs, item))
     asked = evaluate.Params(episodes=1, num_envs=1, processes=1, selection_episodes=1)
@@ -56,9 +56,24 @@ def test_limits_of_ones_own_are_evaluated(data: Path, tmp_path: Path) -> None:
     evaluate.run(judged)
     models = {one["algorithm"]: one["limits"] for one in read_json(judged.out / "summary.json")["models"]}
     assert sorted(models["bc-safe"]) == ["15", "20", "30", "40"]
+    # One network for all limits is asked for the same.
+    assert sorted(models["bc-multi-task"]) == ["15", "20", "30", "40"]
     # It knows no limits: its one episode is compared with each of them.
     assert sorted(models["bc-all"]) == ["10", "20", "40"]
     assert len({one["episode_return"] for one in models["bc-all"].values()}) == 1
+
+
+def test_cdt_is_asked_for_its_own_limits_and_the_leaderboard_says_which_checkpoint(data: Path, tmp_path: Path) -> None:
+    inputs = {"filter": data, "validate": data.parent / "verdict.json", "experts": data.parent / "experts"}
+    chosen = train.Params({"cdt": {**params("cdt").algorithms["cdt"], "limits": [30, 15], "policies": 0}})
+    item = {"task": "BallCircle", "algorithm": "cdt", "seed": "0"}
+    train.run(for_test(chosen, tmp_path / "train/cdt/0", inputs, item))
+    asked = evaluate.Params(episodes=1, num_envs=1, processes=1, selection_episodes=1)
+    judged = for_test(asked, tmp_path / "evaluate", {**inputs, "train": tmp_path / "train"}, {"task": "BallCircle"})
+    evaluate.run(judged)
+    assert sorted(read_json(judged.out / "summary.json")["models"][0]["limits"]) == ["15", "20", "30", "40"]
+    with (judged.out / "leaderboard.csv").open(encoding="utf-8") as file:
+        assert {row["checkpoint"] for row in csv.DictReader(file)} == {"last"}  # no policies were kept on the way
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))

@@ -141,6 +141,24 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
         train("bc-all", spread(3), replace(SMALL, device="cuda"), tmp_path)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_a_precision_needs_a_gpu(precision: Any) -> None:
+    with pytest.raises(BadInput, match=f"precision is '{precision}' on the device 'cpu'; it is for CUDA devices"):
+        replace(SMALL, precision=precision)
+    assert replace(SMALL, precision=precision, device="cuda:0").precision == precision
+
+
+def test_a_precision_holds_within_an_update_only() -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with training.arithmetic("float32"):
+        assert products.fp32_precision == before
+    with training.arithmetic("tf32"):
+        assert products.fp32_precision == "tf32"
+    assert products.fp32_precision == before
+    assert not torch.is_autocast_enabled("cuda")
+
+
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path: Path) -> None:
     train("bc-safe", spread(4), SMALL, tmp_path)
     train("bc-safe", spread(4), SMALL, tmp_path)

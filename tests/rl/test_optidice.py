@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from springhead.errors import BadInput
+from springhead.rl.offline import training
 from springhead.rl.offline.batches import flatten, moments
 from springhead.rl.offline.contract import Member
 from springhead.rl.offline.optidice import OptiDICE, OptiDICESettings
@@ -103,6 +105,39 @@ def test_the_policy_waits_for_the_warm_up() -> None:
     assert all((tensor == before[name]).all() for name, tensor in made.weights(0).items())
     made.update(6)
     assert any((tensor != before[name]).any() for name, tensor in made.weights(0).items())
+
+
+READINGS: dict[str, dict[str, str]] = {
+    "info-projection": {},
+    "weighted-bc": {"extraction": "weighted-bc"},
+    "weighted-bc released": {"extraction": "weighted-bc", "weighting": "released"},
+}
+
+
+@pytest.mark.parametrize("reading", sorted(READINGS))
+def test_the_first_losses_are_pinned(tmp_path: Path, reading: str) -> None:
+    losses: list[float] = []
+
+    def keep(step: int, figures: dict[str, float]) -> None:
+        losses.append(
+            figures["value_loss"] + figures["advantage_error"] + figures["policy_loss"] + figures["behaviour_loss"]
+        )
+
+    settings = replace(SMALL, **READINGS[reading])  # type: ignore[arg-type]
+    training.train("optidice", spread(12), BALL, settings, (3,), tmp_path, keep)
+    assert losses == pytest.approx(PINNED[reading], rel=1e-3, abs=1e-4)
+
+
+PINNED = {
+    "info-projection": [1.53978, 1.39179, 1.06869, 0.05341, 0.59896, 0.34263, 0.45298, 1.34489, 0.86749, 0.60647],
+    "weighted-bc": [0.05483, 0.07419, 1.17278, 0.3742, 0.475, 0.07823, 0.07549, 0.83599, 0.80799, 0.62355],
+    "weighted-bc released": [0.05483, 0.07419, 1.16938, 0.37667, 0.47392, 0.07644, 0.07566, 0.83618, 0.80589, 0.62091],
+}
+
+
+def test_states_are_not_chosen_for_an_imitation_that_has_no_projection() -> None:
+    with pytest.raises(BadInput, match=r"policy_data is 'successes'.*weighted-bc has none: use"):
+        replace(SMALL, policy_data="successes", extraction="weighted-bc")
 
 
 def test_killed_and_resumed_equals_uninterrupted_and_it_acts(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def hopper(monkeypatch):
     """A sparse task with a threshold that a hopper passes on its way to the ground."""
     dense = task("HopperVelocity")
     entry = replace(
-        dense, name="HopperSparse", family="sparse", env_id=dense.name, return_range=(0.0, 1000.0),
+        dense, name="HopperHop", family="sparse", env_id=dense.name, return_range=(0.0, 1000.0),
         options={"threshold": THRESHOLD},
     )  # fmt: skip
     monkeypatch.setattr(TASKS, "_tasks", {**TASKS, entry.name: entry})

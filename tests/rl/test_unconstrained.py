@@ -74,15 +74,15 @@ def both(a: torch.Tensor, b: Array) -> Array:
 # -- TD3+BC -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_td3_targets_by_hand(cut: bool) -> None:
-    made: TD3BC = learner("td3-bc", settings=replace(SMALL["td3-bc"], timeout_as_terminal=cut))  # type: ignore[call-arg]
+@pytest.mark.parametrize("timeouts", ["bootstrap", "terminal"])
+def test_td3_targets_by_hand(timeouts: str) -> None:
+    made: TD3BC = learner("td3-bc", settings=replace(SMALL["td3-bc"], timeouts=timeouts))  # type: ignore[call-arg]
     batch, noise = batch_of(), torch.full((1, 5, 2), 10.0)
     actions = np.clip(
         np.tanh(mlp(made.actor, batch.next_observations[0].numpy())) + 0.5, -1, 1
     )  # the noise is cut at .5
     values = [mlp(made.critics, both(batch.next_observations, actions), i)[:, 0] for i in range(2)]
-    going_on = 1 - np.array([0, 1, 1 if cut else 0, 0, 0])
+    going_on = 1 - np.array([0, 1, 1 if timeouts == "terminal" else 0, 0, 0])
     wanted = batch.rewards[0].numpy() + 0.99 * going_on * np.minimum(*values)
     np.testing.assert_allclose(made.targets(batch, noise)[0].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -194,6 +194,18 @@ def test_the_learned_weight_rises_while_the_gap_is_above_its_threshold() -> None
     assert float(fixed.log_alpha.detach()) == pytest.approx(math.log(5.0))
 
 
+def test_a_weight_of_zero_is_no_conservatism(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: CQL = learner("cql", settings=replace(SMALL["cql"], alpha=0.0))  # type: ignore[call-arg]
+    values = torch.full((1, 2, 16), 1e9, requires_grad=True)
+    monkeypatch.setattr(made, "gap", lambda batch, *others: values.mean(2))
+    losses = made.update(1)["critic_loss"]
+    assert float(losses) < 1e3
+    assert values.grad is not None
+    assert not values.grad.any()
+    with pytest.raises(BadInput, match="alpha is 0, from which no weight can be learned"):
+        CQLSettings(alpha=0.0, threshold=1.0)
+
+
 # -- all of them ------------------------------------------------------------------------------
 
 PINNED = {
@@ -219,6 +231,22 @@ def test_the_first_losses_are_pinned(name: str, tmp_path: Path) -> None:
     losses: list[float] = []
     train(name, tmp_path, lambda step, figures: losses.append(figures["critic_loss"]))
     assert losses == pytest.approx(PINNED[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_horizon_may_end_an_episode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All transitions of a batch are cut by the horizon: then the discount matters only where values go on."""
+    found = {}
+    for timeouts in ("bootstrap", "terminal"):
+        for discount in (0.0, 0.9):
+            changed = replace(SMALL[name], timeouts=timeouts, discount=discount)  # type: ignore[call-arg]
+            made = learner(name, settings=changed)
+            batch = batch_of(16)
+            cut = torch.ones_like(batch.timeouts)
+            monkeypatch.setattr(made.sampler, "draw", lambda b=batch, c=cut: b._replace(timeouts=c, terminals=0 * c))
+            found[timeouts, discount] = float(made.update(1)["critic_loss"])
+    assert found["terminal", 0.9] == found["terminal", 0.0] == found["bootstrap", 0.0]
+    assert found["bootstrap", 0.9] != found["bootstrap", 0.0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,6 @@ class Sampler:
         batch_size: Transitions per member.
         pools: For each member the positions it may draw, None for all.
         reward_scale: Rewards are multiplied by this.
-        cost_scale: Costs are multiplied by this.
         moments: Subtracted from observations, and then divided by; None leaves them raw.
         starts: Positions that :meth:`draw_initial` draws; None for the first of every episode.
     """
@@ -88,7 +87,6 @@ class Sampler:
         batch_size: int,
         pools: Sequence[torch.Tensor] | None = None,
         reward_scale: float = 1.0,
-        cost_scale: float = 1.0,
         moments: tuple[torch.Tensor, torch.Tensor] | None = None,
         starts: torch.Tensor | None = None,
     ) -> None:
@@ -99,7 +97,7 @@ class Sampler:
             (data.observations - shift) / scale,
             data.actions,
             (data.rewards * reward_scale)[:, None],
-            (data.costs * cost_scale)[:, None],
+            data.costs[:, None],
             (data.next_observations - shift) / scale,
             data.terminals[:, None],
             data.timeouts[:, None],
@@ -140,6 +138,17 @@ class Sampler:
         """Draws observations that episodes start from, (members, batch, observation_dim), with replacement."""
         highs = [len(self._starts)] * len(self.generators)
         return self._table[self._starts[self.generators.integers(highs, self.batch_size)]][..., : self._widths[0]]
+
+
+def going_on(batch: Batch, timeouts: Literal["bootstrap", "terminal"]) -> torch.Tensor:
+    """1 where a value follows a transition and 0 where the episode is over, (members, batch).
+
+    Args:
+        batch: Transitions.
+        timeouts: Whether a state after the horizon has a value, or the horizon ends the episode.
+    """
+    over = batch.terminals if timeouts == "bootstrap" else (batch.terminals + batch.timeouts).clamp(max=1)
+    return 1 - over
 
 
 def flatten(episodes: Sequence[Episode], task: Task) -> Flat:

@@ -9,7 +9,7 @@ Deviations, with reasons in ``docs/methods/bc.md``:
      together; acting under a limit uses the largest trained limit not above it.
   2. ``safety_margin`` (0 as in the paper) imitates episodes of cost at most (1 - margin) x limit.
   3. ``decay`` lets the learning rate fall linearly to 0; short runs end closer to the optimum.
-  4. BC-Multi-Task sees costs in units of the highest limit, not raw.
+  4. BC-Multi-Task sees costs in units of the highest limit, not raw (``cost_input``).
   5. BC-Frontier's polynomial cannot have more coefficients than distinct costs.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,8 @@ class BCSettings(Settings):
     """Let the learning rate fall linearly to 0."""
     safety_margin: float = 0.0
     """BC-Safe imitates episodes of cost at most (1 - margin) x limit."""
+    cost_input: Literal["scaled", "raw"] = "scaled"
+    """What BC-Multi-Task sees: an episode's cost divided by the highest limit, or the cost itself as in OSRL."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,8 +109,13 @@ class BC:
     def __init__(self, name: str, data: Flat, task: Task, settings: BCSettings, members: Sequence[Member]) -> None:
         self.members, self.task, self.settings = members, task, settings
         self.mode = name.removeprefix("bc-")
+        self.cost_scale: float | None = None
         if self.mode == "multi-task":
-            check_constraint(name, data, task, task.limits)
+            limits = settings.limits or task.limits
+            if not max(limits):
+                raise BadInput(f"{name}: limits are all 0, and costs are scaled by the highest; name one above 0")
+            check_constraint(name, data, task, limits)
+            self.cost_scale = max(limits) if settings.cost_input == "scaled" else 1.0
         elif self.mode in ("safe", "risky", "boundary") and len(data.returns) == 1:
             raise BadInput(f"{name} on {task.name}: one episode only; there is nothing to select from, collect more")
         seeds = [member.seed for member in members]
@@ -116,7 +123,6 @@ class BC:
             limit: data.transitions(select(self.mode, data.returns, data.cost_returns, limit, settings.safety_margin))
             for limit in {member.cost_limit or 0.0 for member in members}
         }
-        self.cost_scale = max(task.limits) if self.mode == "multi-task" else None
         inputs = task.observation_dim + (self.cost_scale is not None)
         net = MLP(Generators(seeds), [inputs, *settings.hidden, task.action_dim], output="tanh").to(settings.device)
         self.modules: nn.Module = net
@@ -149,7 +155,8 @@ class BC:
 
     def config(self, member: int) -> dict[str, Any]:
         """What shapes its network."""
-        return actor_config(self.task, self.settings.hidden, self.cost_scale)
+        asked = self.settings.asked_limits() if self.mode == "multi-task" else {}
+        return {**actor_config(self.task, self.settings.hidden, self.cost_scale), **asked}
 
 
 def _with_costs(data: Flat, scale: float) -> Flat:

@@ -99,9 +99,7 @@ def evaluate(net: MLP, inputs: torch.Tensor, only: Sequence[int] | None = None) 
         rows = inputs.unsqueeze(1).expand(-1, len(chosen), -1, -1).flatten(0, 1)
         for layer, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
             if len(chosen) < net.ensemble:
-                weight, bias = (
-                    value.unflatten(0, (net.members, net.ensemble))[:, chosen].flatten(0, 1) for value in (weight, bias)
-                )
+                weight, bias = (picked(value, net.ensemble, chosen) for value in (weight, bias))
             rows = _activate(net, layer, torch.baddbmm(bias, rows, weight))
         return rows.view(net.members, len(chosen), *rows.shape[1:])
     size, last = net.weights[-1].shape[-1], len(net.weights) - 1
@@ -124,6 +122,14 @@ def evaluate(net: MLP, inputs: torch.Tensor, only: Sequence[int] | None = None) 
                 else:
                     _activate(net, last, torch.addmm(bias, rows, weight, out=ends))
     return found
+
+
+def picked(values: torch.Tensor, ensemble: int, chosen: Sequence[int]) -> torch.Tensor:
+    """Some networks of each member's ensemble: (members * ensemble, ...) to (members * chosen, ...).
+
+    By slices: indexing with a list copies it to the device, and the host waits.
+    """
+    return torch.stack([values[position::ensemble] for position in chosen], dim=1).flatten(0, 1)
 
 
 def _activate(net: MLP, layer: int, rows: torch.Tensor) -> torch.Tensor:

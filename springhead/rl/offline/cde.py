@@ -1,7 +1,8 @@
 """CDE: conservative density estimation, OptiDICE with a bound on how often unseen actions may be visited.
 
 Source: Cen, Liu, Wang, Yao, Lam, Zhao 2024, "Learning from Sparse Offline Datasets via Conservative Density
-Estimation" (ICLR), and the authors' released code, read, not copied. The visitation d maximises
+Estimation" (ICLR). Its text was not at hand, so equations bear no numbers: the authors' released code was followed,
+read and not copied. The visitation d maximises
 E_d[r] - alpha D_f(d, D) under d(s, a) <= eps mu(s, a) for actions mu that the data do not have. With
 A = r + gamma v(s') - v(s), the soft chi-square f, w(x; eta) = (f')^-1((x - eta) / alpha), its conjugate f*, unseen
 actions a~ and the share zeta of the data:
@@ -20,7 +21,7 @@ the behaviour policy's components, at most 0.1. Deviations, with reasons in ``do
      above 0 (``policy_data``).
   3. Weighted imitation multiplies each action's weight and likelihood; the released code's shapes do not fit and
      multiply the two means, which is plain imitation (``weighting``).
-  4. Policies are squashed in every setting; the released code's are not for Adroit with human data.
+  4. Policies are squashed in every setting; the released code's are not for Adroit with human data. There is no switch.
   5. All networks take their step together, from one forward pass; the released code's policy sees e after its step.
 """
 

@@ -1,7 +1,8 @@
 """The Constrained Decision Transformer (CDT).
 
-Source: Liu et al. 2023, "Constrained Decision Transformer for Offline Safe Reinforcement Learning". A
-sequence model predicts actions from the return and the cost still to come; one model serves all cost
+Source: Liu et al. 2023, "Constrained Decision Transformer for Offline Safe Reinforcement Learning". Its text
+was not at hand, so equations bear no numbers: OSRL's code was followed, read and not copied. A sequence
+model predicts actions from the return and the cost still to come; one model serves all cost
 limits. Its three parts are a stochastic policy with an entropy constraint, training items that pair
 infeasible targets with safe episodes (``relabelling.py``), and tokens for both targets.
 
@@ -11,13 +12,14 @@ Deviations from the released code, with reasons in ``docs/methods/cdt.md``:
   3. Cost token and sampling cap are derived from the task's limits: 1.25 and 1.75 times the highest,
      which is the released 50 and 70 for limits of 10, 20, 40.
   4. Return targets come from the data's frontier, not from a hand-made table (``return_targets``
-     takes a table).
+     takes a table, or "published" for the released one).
   5. Augmented targets keep their own episode; frontier fits and grids have guards.
   6. Continuous costs train a regression head; the released code truncates them (``cost_head="truncated"``).
   7. The state-prediction head, whose published weight is 0, is left out.
   8. The log standard deviation is clamped (``bounded``); the learning rate may decay (``decay``).
-  9. All weights start alike (``attention_start``), augmented return targets begin at the frontier and not 1 above it,
-     and the cost's loss is a mean over steps that exist; the released one counts padding.
+  9. All weights start alike (``attention_start``), augmented return targets begin at the frontier and not 1 above it
+     (``augmentation.min_return``), the augmentation's grid has no cells for the highest values alone
+     (``augmentation.grid``), and the cost's loss is a mean over steps that exist, not over padding too (``cost_loss``).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch.nn import functional as F
 
 from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.errors import BadInput
+from springhead.jsonio import read_json
 from springhead.rl.offline.batches import Flat, check_constraint
 from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.frontier import attainable
@@ -44,6 +47,9 @@ from springhead.rl.offline.stacked import clip_members
 from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
 from springhead.rl.policy import read_config, read_tensors
 from springhead.rl.tasks import TASKS, Task
+
+PUBLISHED_TARGETS = Path(__file__).with_name("cdt_targets.json")
+"""By task, the (cost limit, return target) pairs of OSRL 03a4586, examples/configs/cdt_configs.py."""
 
 LOG_STD_RANGE = (-5.0, 2.0)
 """Bounds of the log standard deviation. Without any, a deterministic data set drives the likelihood to infinity."""
@@ -87,6 +93,9 @@ class CDTSettings(Settings):
     """Weight of predicting each step's cost; at 0 the cost is not predicted."""
     cost_head: Literal["fitting", "truncated"] = "fitting"
     """Classes for binary costs and regression for others, or classes of truncated costs as in the released code."""
+    cost_loss: Literal["steps", "padded"] = "steps"
+    """The cost's loss is a mean over steps that exist, or over all places, padding included, as in the released code:
+    padding adds nothing and counts."""
     entropy: Literal["joint", "per-dimension"] = "joint"
     """What is compared with -|A|: the joint entropy, or its mean over dimensions as in the released code."""
     attention_start: Literal["normal", "released"] = "normal"
@@ -108,8 +117,9 @@ class CDTSettings(Settings):
     below 0, which no episode of the data has."""
     return_quantile: float = 1.0
     """Act under this quantile of the returns of all episodes within the cost target; at 1 the frontier's return."""
-    return_targets: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    """By task, (cost limit, return target) pairs to act by instead of the data's frontier; limits without margin."""
+    return_targets: dict[str, tuple[tuple[float, float], ...]] | Literal["published"] = field(default_factory=dict)
+    """By task, (cost limit, return target) pairs to act by instead of the data's frontier; limits without margin.
+    ``published``: OSRL's, of ``cdt_targets.json``."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Training items with infeasible targets."""
     checkpoint_every: int = 500
@@ -128,7 +138,7 @@ class CDTSettings(Settings):
                 above_zero(self, name)
         if self.limits and not max(self.limits):
             raise OutOfRange("limits are all 0; CDT's scales are derived from the highest, name one above 0")
-        unknown = sorted(set(self.return_targets) - set(TASKS))
+        unknown = [] if self.return_targets == "published" else sorted(set(self.return_targets) - set(TASKS))
         if unknown:
             raise OutOfRange(f"return_targets name unknown tasks: {', '.join(unknown)}")
         if self.width % self.heads:
@@ -146,7 +156,14 @@ class Losses(NamedTuple):
     entropy: torch.Tensor
 
 
-def losses(outputs: Outputs, batch: Batch, temperature: torch.Tensor, entropy: str, steps: torch.Tensor) -> Losses:
+def losses(
+    outputs: Outputs,
+    batch: Batch,
+    temperature: torch.Tensor,
+    entropy: str,
+    steps: torch.Tensor,
+    places: int | None = None,
+) -> Losses:
     """Computes the loss terms, summed over the steps that exist and divided by ``steps``.
 
     action: -(log N(a; mean, std) + temperature x entropy), both joint over action dimensions, or both
@@ -159,6 +176,7 @@ def losses(outputs: Outputs, batch: Batch, temperature: torch.Tensor, entropy: s
         temperature: (members,), without gradient.
         entropy: As in :class:`CDTSettings`.
         steps: (members,), how many steps exist, in the whole batch where this is a slice of it.
+        places: What the cost's sum is divided by instead.
     """
     share = 1.0 if entropy == "joint" else 1.0 / batch.actions.shape[-1]
     weight = batch.mask * (share / steps)[:, None, None]
@@ -175,7 +193,7 @@ def losses(outputs: Outputs, batch: Batch, temperature: torch.Tensor, entropy: s
         errors = F.binary_cross_entropy_with_logits(margin, (batch.step_costs >= 1).float(), reduction="none")
     else:
         errors = (outputs.cost[..., 0] - batch.step_costs).square()
-    return Losses(action, (errors * batch.mask).sum((1, 2)) / steps, mean_entropy)
+    return Losses(action, (errors * batch.mask).sum((1, 2)) / (places or steps), mean_entropy)
 
 
 def temperature_gradient(log_temperature: torch.Tensor, entropy: torch.Tensor, action_dim: int) -> torch.Tensor:
@@ -191,10 +209,15 @@ class CDT:
         self.members, self.task, self.settings = members, task, settings
         seeds = [member.seed for member in members]
         self.scheme = _scheme(settings, task, float(np.abs(data.returns).max()))
+        self.generators = {
+            name: Generators(seeds, settings.device, i) for i, name in enumerate(("batches", "dropout"), 1)
+        }
+        items = [_items(data, settings, seed) for seed in seeds]
+        self.sampler = Sampler(data, items, self.scheme, self.generators["batches"])
         self.shape = Shape(
             observation_dim=task.observation_dim,
             action_dim=task.action_dim,
-            time_steps=int(data.lengths.max()) + settings.context,
+            time_steps=self.sampler.longest + settings.context,
             width=settings.width,
             layers=settings.layers,
             heads=settings.heads,
@@ -212,12 +235,8 @@ class CDT:
             {"params": [self.log_temperature], "lr": settings.temperature_rate, "weight_decay": 0.0},
         ]
         self.optimisers = {"adamw": torch.optim.AdamW(parts, weight_decay=settings.weight_decay, fused=True)}
-        self.generators = {
-            name: Generators(seeds, settings.device, i) for i, name in enumerate(("batches", "dropout"), 1)
-        }
-        items = [_items(data, settings, seed) for seed in seeds]
-        self.sampler = Sampler(data, items, self.scheme, self.generators["batches"])
         self.drop = Dropout(settings.dropout, self.generators["dropout"]) if settings.dropout else None
+        self.targets = _return_targets(settings, task)
         self.attainable = attainable(data.returns, data.cost_returns, settings.return_quantile)
 
     def rate(self, step: int) -> float:
@@ -236,12 +255,13 @@ class CDT:
         adamw.zero_grad()
         batch = self.sampler.draw()
         steps, temperature = batch.mask.sum((1, 2)), self.log_temperature.detach().exp()
+        places = batch.mask[0].numel() if settings.cost_loss == "padded" else None
         prepared = self.network.prepare(self.drop)
         weights = prepared.detached()
         terms = []
         for part in batch.slices(_SLICE if settings.device == "cpu" else settings.batch_size):
             outputs = self.network(part.inputs, part.times, self.drop, settings.cost_weight > 0, weights)
-            found = losses(outputs, part, temperature, settings.entropy, steps)
+            found = losses(outputs, part, temperature, settings.entropy, steps, places)
             (found.action + settings.cost_weight * found.cost).sum().backward()
             terms.append(torch.stack(found).detach())
         pairs = zip(prepared.tensors(), weights.tensors(), strict=True)
@@ -270,7 +290,8 @@ class CDT:
             "target_margin": settings.target_margin,
             "clamp_cost": settings.clamp_cost,
             "attainable": [list(pair) for pair in self.attainable],
-            "return_targets": [list(pair) for pair in sorted(settings.return_targets.get(self.task.name, ()))],
+            "return_targets": [list(pair) for pair in sorted(self.targets)],
+            **settings.asked_limits(),
         }
 
 
@@ -281,6 +302,19 @@ def _items(data: Flat, settings: CDTSettings, seed: int) -> Items:
         return items
     rng = np.random.default_rng([seed, 1])
     return joined(items, relabelled(data.returns, data.cost_returns, settings.augmentation, rng))
+
+
+def _return_targets(settings: CDTSettings, task: Task) -> tuple[tuple[float, float], ...]:
+    """The task's (cost limit, return target) pairs of the chosen table; none where there is no table."""
+    if isinstance(settings.return_targets, dict):
+        return settings.return_targets.get(task.name, ())
+    published = read_json(PUBLISHED_TARGETS)
+    if task.name not in published:
+        raise BadInput(
+            f"cdt on {task.name}: no return targets are published for it; remove `return_targets: published` from "
+            "rl.train, or name pairs of your own"
+        )
+    return tuple((float(limit), float(target)) for limit, target in published[task.name])
 
 
 def _cost_outputs(settings: CDTSettings, data: Flat) -> int:
@@ -311,6 +345,8 @@ def _scheme(settings: CDTSettings, task: Task, largest_return: float) -> Scheme:
 class CdtPolicy:
     """Acts by the mean action, under targets that shrink by what each episode has got and spent.
 
+    In an episode that outlasts all that were trained on, time stands still at the last step of the longest.
+
     The return target for a cost limit is what the data's episodes attain within it, or that of the table
     given in training.
     """
@@ -322,7 +358,9 @@ class CdtPolicy:
         self.action_dim: int = config["action_dim"]
         self._config = config
         self._network = network.requires_grad_(False)
-        self._context: int = config["context"]
+        # Embeddings of later steps were never trained: the rows behind the longest episode are those of padding.
+        self._longest: int = config["time_steps"] - config["context"]
+        self._context: int = min(config["context"], self._longest)
         self.reset(1, 0.0)
 
     def return_target(self, cost_limit: float) -> float:
@@ -352,7 +390,8 @@ class CdtPolicy:
         costs = ((self._config["cost_reference"] - budget) * self._config["cost_scale"]).float()
         now = torch.cat([returns[:, None], costs[:, None], rows, torch.zeros(len(rows), self.action_dim)], dim=1)
         self._past = [*self._past, now][-self._context :]
-        times = torch.arange(self._time + 1 - len(self._past), self._time + 1).expand(1, len(rows), -1)
+        step = min(self._time, self._longest - 1)
+        times = torch.arange(step + 1 - len(self._past), step + 1).expand(1, len(rows), -1)
         action = self._network(torch.stack(self._past, dim=1)[None], times, costs=False).mean[0, :, -1].clamp(-1.0, 1.0)
         now[:, -self.action_dim :] = action
         actions: np.ndarray = action.numpy()
@@ -381,6 +420,11 @@ def load(folder: Path) -> CdtPolicy:
         raise BadInput(f"{folder / 'config.json'}: not a CDT configuration ({error!r}); train it again") from None
     if missing:
         raise BadInput(f"{folder / 'config.json'}: missing {', '.join(missing)}; train the model again")
+    if not 0 < config["context"] < shape.time_steps:
+        raise BadInput(
+            f"{folder / 'config.json'}: context is {config['context']} of {shape.time_steps} time_steps, which no "
+            "training writes; train the model again"
+        )
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     network.load_state_dict(read_tensors(folder / "policy.safetensors", shapes))
     return CdtPolicy(config, network)

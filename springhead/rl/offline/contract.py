@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -57,9 +57,13 @@ class Settings:
     hidden: tuple[int, ...] = (256, 256)
     """Sizes of the hidden layers (ReLU)."""
     limits: tuple[float, ...] = ()
-    """Episode cost limits that a limit-dependent method is trained for; empty: the task's three."""
+    """Episode cost limits that a limit-dependent method is trained for, and those that a conditioned one is asked for
+    in evaluation; empty: the task's three."""
     device: str = "cpu"
     """A torch device; results are byte-identical between runs on "cpu" only."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of matrix products in training, on CUDA devices: rounded to 10 bits of 23, or to 7 and the layers' outputs too
+    (torch.autocast). Weights, their moments and losses are float32 in each; no GPU was at hand to measure it."""
     checkpoint_every: int = 1000
     """Steps between resume checkpoints, and between points of the learning curve's file."""
     report_every: int = 10
@@ -77,11 +81,22 @@ class Settings:
             raise OutOfRange(f"hidden is {list(self.hidden)}; name at least one layer, of 1 or more units")
         if self.policies > self.steps:
             raise OutOfRange(f"policies is {self.policies} of {self.steps} steps; keep fewer")
+        if self.precision != "float32" and not self.device.startswith("cuda"):
+            raise OutOfRange(
+                f"precision is {self.precision!r} on the device {self.device!r}; it is for CUDA devices, use 'float32'"
+            )
         # Files are named by six digits.
         if not all(0 <= limit < math.inf for limit in self.limits) or len({f"{x:g}" for x in self.limits}) < len(
             self.limits
         ):
             raise OutOfRange(f"limits are {list(self.limits)}; name different limits of 0 or more, to six digits")
+
+    def asked_limits(self) -> dict[str, Any]:
+        """What the configuration of a conditioned policy adds: the limits to ask it for, where they are not the task's.
+
+        Its ``limits`` are empty, since it has one network for all of them.
+        """
+        return {"asked_limits": sorted(self.limits)} if self.limits else {}
 
 
 class Generators:

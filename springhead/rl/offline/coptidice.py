@@ -1,9 +1,10 @@
 """COptiDICE: the safe policy from the ratio between its own visitation of states and actions and the data's.
 
 Source: Lee, Paduraru, Mankowitz, Heess, Precup, Kim, Guez 2022, "COptiDICE: Offline Constrained Reinforcement Learning
-via Stationary Distribution Correction Estimation" (ICLR), equations from memory of the paper and from OSRL's code,
-which was read, not copied. With the advantage e = r - lambda c + gamma nu(s') - nu(s), the ratio
-w = (f')^-1(e / alpha), the soft chi-square f, p0 the first observations and D the data:
+via Stationary Distribution Correction Estimation" (ICLR). Its text was not at hand, so equations bear no numbers:
+OSRL's code was followed, read and not copied, and mended where it misses what the method is for. With the advantage
+e = r - lambda c + gamma nu(s') - nu(s), the ratio w = (f')^-1(e / alpha), the soft chi-square f, p0 the first
+observations and D the data:
 
   nu      minimises (1 - gamma) E_p0[nu] + alpha E_D[f*(e / alpha)], whose slope in e is w
   chi,tau minimise tau log E[exp(l / tau)] + tau eps,  l = (1 - gamma) chi(s0) + w (c + gamma chi(s') - chi(s)),

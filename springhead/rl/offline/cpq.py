@@ -1,9 +1,10 @@
 """CPQ: constraints penalised Q-learning.
 
-Source: Xu, Zhan, Zhu 2022, "Constraints Penalized Q-Learning for Safe Offline Reinforcement Learning" (AAAI), equations
-from memory of the paper and from OSRL's code, which was read, not copied. Actions that the data do not support count as
-unsafe, and unsafe actions are worth nothing. With q the threshold of the episode limit, D(s, a) the divergence of an
-action model's latent variable from its prior, and [.] 1 where true, else 0:
+Source: Xu, Zhan, Zhu 2022, "Constraints Penalized Q-Learning for Safe Offline Reinforcement Learning" (AAAI). Its text
+was not at hand, so equations bear no numbers: OSRL's code was followed, read and not copied, and mended where it misses
+what the method is for. Actions that the data do not support count as unsafe, and unsafe actions are worth nothing. With
+q the threshold of the episode limit, D(s, a) the divergence of an action model's latent variable from its prior, and
+[.] 1 where true, else 0:
 
   cost critics    y_c = c + gamma Qc'(s', a'), a' of the policy; and where D(s, a) is high among ten actions of the
                   policy for each state, a gain alpha Qc(s, a)

@@ -11,7 +11,11 @@ An offline method without a constraint: it sees no costs. Here it is a baseline 
 Deviations:
   1. The weight alpha is fixed; the Lagrangian version with its threshold is ``threshold`` (None: off).
   2. The Bellman targets have no entropy term, as in the authors' code; ``entropy_in_target`` adds it.
-  3. An episode cut by its horizon is bootstrapped through.
+  3. The squared Bellman error has no factor of one half, as in the authors' code; equation 4 has one, so an alpha here
+     weighs half as much as the paper's.
+  4. An episode cut by its horizon is bootstrapped through (``timeouts``). The authors' loader leaves its last step out.
+  5. All networks and multipliers take their step together, from one pass backwards; in the authors' code the
+     temperature takes its step first.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from springhead.bounds import above_zero, at_least, fraction
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.rl.offline.actor_policy import actor_config
-from springhead.rl.offline.batches import Batch, Flat, Sampler, moments
+from springhead.rl.offline.batches import Batch, Flat, Sampler, going_on, moments
 from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.gaussian import SquashedGaussian
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak
@@ -45,7 +49,7 @@ class CQLSettings(Settings):
     tau: float = 0.005
     """How far the target critics move at each step."""
     alpha: float = 5.0
-    """Weight of the conservative term; where ``threshold`` is given, its start."""
+    """Weight of the conservative term, 0 for none; where ``threshold`` is given, its start, above 0."""
     threshold: float | None = None
     """The conservative gap that a learned weight keeps (the Lagrangian version)."""
     samples: int = 10
@@ -56,6 +60,8 @@ class CQLSettings(Settings):
     normalise: bool = False
     """Normalise observations."""
     reward_scale: float = 1.0
+    timeouts: Literal["bootstrap", "terminal"] = "bootstrap"
+    """Whether a state after the horizon has a value, or the horizon ends an episode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +69,8 @@ class CQLSettings(Settings):
         at_least(1, self, "samples")
         at_least(0, self, "alpha", "imitation_steps")
         fraction(self, "discount", "tau")
+        if self.threshold is not None and not self.alpha:
+            raise OutOfRange("alpha is 0, from which no weight can be learned; use more than 0, or no threshold")
 
 
 class CQL:
@@ -77,7 +85,8 @@ class CQL:
         self.critics = Values(weights, both)
         self.target = frozen_copy(self.critics, Values(Generators(seeds), both))
         self.log_temperature = nn.Parameter(torch.zeros(count))
-        self.log_alpha = nn.Parameter(torch.full((count,), math.log(max(settings.alpha, 1e-6))))
+        # Without any weight its logarithm is not used.
+        self.log_alpha = nn.Parameter(torch.full((count,), math.log(settings.alpha or 1.0)))
         multipliers = nn.ParameterDict({"temperature": self.log_temperature, "alpha": self.log_alpha})
         self.modules: nn.Module = nn.ModuleDict(
             {"actor": self.actor, "critics": self.critics, "target": self.target, "multipliers": multipliers}
@@ -141,12 +150,12 @@ class CQL:
             value = self.target(pair(batch.next_observations, following)).amin(1)
             if settings.entropy_in_target:
                 value = value - temperature[:, None] * log_following
-            wanted = batch.rewards + settings.discount * (1 - batch.terminals) * value
+            wanted = batch.rewards + settings.discount * going_on(batch, settings.timeouts) * value
         values = self.critics(pair(batch.observations, batch.actions))
         bellman = (values - wanted.unsqueeze(1)).square().mean(2)
         random = draw.uniform(settings.samples * size, dim, low=-1.0, high=1.0)
         gaps = self.gap(batch, values, random, draw.normal(2 * settings.samples * size, dim))
-        alpha = self.log_alpha.exp().clamp(max=1e6)
+        alpha = self.log_alpha.exp().clamp(max=1e6) * (settings.alpha > 0)
         threshold = settings.threshold or 0.0
         critic_loss = (bellman + alpha.detach()[:, None] * (gaps - threshold)).sum(1)
         alpha_loss = -alpha * (gaps.detach() - threshold).sum(1)

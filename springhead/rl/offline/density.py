@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from springhead.bounds import above_zero, at_least, fraction
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.errors import BadInput
 from springhead.rl.offline.batches import Batch, Flat, Sampler, moments
 from springhead.rl.offline.contract import Generators, Settings
@@ -60,6 +60,11 @@ class DensitySettings(Settings):
         above_zero(self, "alpha", "reward_scale", "learning_rate")
         at_least(1, self, "components")
         fraction(self, "discount", "warm_up")
+        if self.policy_data == "successes" and self.extraction == "weighted-bc":
+            raise OutOfRange(
+                "policy_data is 'successes', which chooses states of the projection; weighted-bc has none: use "
+                "policy_data 'all', or extraction 'info-projection'"
+            )
 
 
 class Prepared(NamedTuple):

@@ -31,21 +31,6 @@ def pareto(returns: Floats, costs: Floats) -> npt.NDArray[np.intp]:
     return found
 
 
-def best_return(returns: Floats, costs: Floats, limit: float) -> float:
-    """Returns the highest return among the episodes with cost at most ``limit``.
-
-    Raises:
-        BadInput: If no episode is that cheap.
-    """
-    safe = returns[costs <= limit]
-    if not len(safe):
-        raise BadInput(
-            f"no episode has a cost of at most {limit:g} (the cheapest costs {costs.min():g}); "
-            "collect episodes of experts with a lower cost limit, or loosen the filters"
-        )
-    return float(safe.max())
-
-
 def attainable(returns: Floats, costs: Floats, quantile: float) -> list[tuple[float, float]]:
     """The return that can be asked for under each cost: a quantile of the returns of all episodes that cost no more.
 

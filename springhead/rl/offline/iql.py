@@ -10,7 +10,11 @@ An offline method without a constraint: it sees no costs. Here it is a baseline 
 Deviations:
   1. The likelihood is that of a tanh-squashed Gaussian by default; ``squashed: false`` is the authors' Gaussian whose
      mean is bounded by tanh. Its deviation depends on the state in both; the authors' does not.
-  2. An episode cut by its horizon is bootstrapped through.
+  2. An episode cut by its horizon is bootstrapped through (``timeouts``). The authors' loader leaves its last step out.
+  3. Critics and policy see V from before its step of the same batch, so that one pass backwards serves all; in the
+     authors' code V takes its step first.
+  4. Without ``normalise`` and ``reward_scale`` observations and rewards are the data's; the authors scale the rewards
+     of each suite.
 """
 
 from __future__ import annotations
@@ -18,14 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from springhead.bounds import OutOfRange, above_zero, fraction
 from springhead.rl.offline.actor_policy import actor_config
-from springhead.rl.offline.batches import Flat, Sampler, moments
+from springhead.rl.offline.batches import Flat, Sampler, going_on, moments
 from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.gaussian import SquashedGaussian, normal_log_prob
 from springhead.rl.offline.stacked import Values, frozen_copy, pair, polyak
@@ -52,6 +56,8 @@ class IQLSettings(Settings):
     normalise: bool = False
     """Normalise observations."""
     reward_scale: float = 1.0
+    timeouts: Literal["bootstrap", "terminal"] = "bootstrap"
+    """Whether a state after the horizon has a value, or the horizon ends an episode."""
     squashed: bool = True
     """Whether the policy's likelihood is that of the squashed Gaussian."""
 
@@ -103,7 +109,7 @@ class IQL:
         with torch.no_grad():
             wanted_value = self.target(inputs).amin(1)
             following = self.value(batch.next_observations)[:, 0]
-            wanted = batch.rewards + settings.discount * (1 - batch.terminals) * following
+            wanted = batch.rewards + settings.discount * going_on(batch, settings.timeouts) * following
         value = self.value(batch.observations)[:, 0]
         advantage = wanted_value - value
         value_loss = expectile_loss(advantage, settings.expectile).mean(1)

@@ -1,7 +1,8 @@
 """OptiDICE: the policy whose visitation is best and close to the data's, from the ratio of the two visitations.
 
 Source: Lee, Jeon, Lee, Pineau, Kim 2021, "OptiDICE: Offline Policy Optimization via Stationary Distribution Correction
-Estimation" (ICML), equations from memory and from the CDE authors' code, which contains it. With the advantage
+Estimation" (ICML). Its text was not at hand, so equations bear no numbers: the CDE authors' code, which contains it,
+was followed, read and not copied. With the advantage
 A = r + gamma v(s') - v(s), the soft chi-square f, w(x) = (f')^-1((x - eta) / alpha) and its conjugate f*:
 
   v       minimises (1 - gamma) E_p0[v] + alpha E_D[f*((A - eta) / alpha)]
@@ -15,6 +16,7 @@ pi_D is a squashed mixture of Gaussians that imitates the data. Deviations, reas
      comparison of the two shows what pessimism does.
   2. No gradient penalty on v and e.
   3. All networks take their step together, from one forward pass.
+  4. The policy's entropy is kept near -|A|, as in CDE's code (``entropy``).
 """
 
 from __future__ import annotations

@@ -8,14 +8,17 @@ the frontier with the nearest episode that keeps the cost target: the cost wins.
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.errors import BadInput
-from springhead.rl.filters import Density, density
+from springhead.rl.filters import Density, density, released_cells, thinned
 from springhead.rl.offline.frontier import fit, pareto
 
 Floats = npt.NDArray[np.float64]
@@ -31,6 +34,8 @@ class Augmentation:
     """Degree of the frontier polynomial, at most one less than its distinct costs."""
     max_return: float | None = None
     """Highest return target; derived: the data's highest return and a tenth of their range."""
+    min_return: float = 0.0
+    """Return targets begin this much above the frontier; the released code's tasks have 1."""
     max_return_decrease: float | None = None
     """How much less than its nearest episode's return a substitute may have; derived: a fifth of the range."""
     distance_offset: float = 1.0
@@ -46,12 +51,20 @@ class Augmentation:
     max_per_cell: int = 10
     min_per_cell: int = 2
     """The grid that evens out the plane first, see ``filters.Density``."""
+    grid: Literal["clamped", "released"] = "clamped"
+    """Whether the highest cost and the highest return belong to the last cells, or, as in the released code, to cells
+    of their own beyond them, which are soon too sparse to be kept."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1 or self.degree < 0 or self.distance_offset <= 0:
-            raise ValueError("augmentation: needs 0 <= share <= 1, degree >= 0 and distance_offset > 0")
-        if min(self.cost_bins, self.return_bins, self.max_per_cell) < 1 or self.min_per_cell < 0:
-            raise ValueError("augmentation: bins and max_per_cell must be at least 1, min_per_cell 0 or more")
+        fraction(self, "share")
+        above_zero(self, "distance_offset")
+        at_least(0, self, "degree", "min_per_cell", "min_return")
+        at_least(1, self, "cost_bins", "return_bins", "max_per_cell")
+        if self.max_return_decrease is not None:
+            at_least(0, self, "max_return_decrease")
+        for name in ("min_return", "max_return"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise OutOfRange(f"{name} is {value}; use a finite number, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,8 @@ def infeasible_targets(
     """Draws targets above the frontier: costs evenly from least to most, returns uniformly above p(C).
 
     The polynomial p is fitted to the Pareto set, and is held constant beyond its costs: there it
-    would be an extrapolation. Where p reaches the highest return, that return is the target.
+    would be an extrapolation. Where p reaches the highest return, that return is the target. Returns
+    begin ``min_return`` above p.
 
     Returns:
         Target returns (number,) and target costs (number,).
@@ -91,9 +105,10 @@ def infeasible_targets(
     most = settings.max_return if settings.max_return is not None else float(returns.max()) + 0.1 * spread
     target_costs = np.linspace(costs.min(), costs.max(), number)
     if settings.extrapolate:
-        low = curve(target_costs)
+        low = curve(target_costs) + settings.min_return
     else:
-        low = np.minimum(curve(np.clip(target_costs, costs[best].min(), costs[best].max())), most)
+        held = curve(np.clip(target_costs, costs[best].min(), costs[best].max()))
+        low = np.minimum(held + settings.min_return, most)
     return low + (most - low) * rng.random(number), target_costs
 
 
@@ -132,6 +147,18 @@ def safe_answers(
     return answers[np.argsort(turns, kind="stable")] if settings.pairs == "grouped" else answers
 
 
+def evened_out(
+    returns: Floats, costs: Floats, settings: Augmentation, rng: np.random.Generator
+) -> npt.NDArray[np.intp]:
+    """Positions of the episodes that the grid keeps; the released one's in the order of its cells."""
+    grid = Density(settings.cost_bins, settings.return_bins, settings.max_per_cell, settings.min_per_cell)
+    if settings.grid == "clamped":
+        return density(returns, costs, grid, rng)[1].survivors()
+    draws = random.Random(int(rng.integers(2**63)))
+    members = [cell for cell in released_cells(costs, returns, grid) if len(cell) > grid.min_per_cell]
+    return np.array([position for cell in members for position in thinned(cell, grid, draws)], dtype=np.intp)
+
+
 def relabelled(returns: Floats, costs: Floats, settings: Augmentation, rng: np.random.Generator) -> Items:
     """Returns the augmented items: episodes under infeasible targets.
 
@@ -144,8 +171,7 @@ def relabelled(returns: Floats, costs: Floats, settings: Augmentation, rng: np.r
     Raises:
         BadInput: If the grid leaves no episode to take the frontier from.
     """
-    grid = Density(settings.cost_bins, settings.return_bins, settings.max_per_cell, settings.min_per_cell)
-    kept = density(returns, costs, grid, rng)[1].survivors()
+    kept = evened_out(returns, costs, settings, rng)
     number = int(settings.share * len(kept))
     if not len(kept):
         raise BadInput(

@@ -68,6 +68,9 @@ class Sampler:
     episode. Relabelling shifts an episode's whole return-to-go and cost-to-go so that they start at the
     item's targets; rewards and costs of the steps stay.
 
+    Attributes:
+        longest: Steps of the longest episode that is ever drawn.
+
     Args:
         data: The data set.
         items: What each member samples.
@@ -99,6 +102,7 @@ class Sampler:
         sums = np.ones((len(items), number))
         starts, lengths = np.zeros((2, len(items), number), dtype=np.int64)
         shifts = np.zeros((len(items), number, 2), dtype=np.float32)
+        self.longest = 0
         for row, own in enumerate(items):
             weights = np.maximum(scheme.sampling_cap - own.target_cost, 0.0)
             if not weights.any():
@@ -110,6 +114,7 @@ class Sampler:
             sums[row, some] = np.cumsum(weights / weights.sum())
             starts[row, some] = data.starts.numpy()[own.episode]
             lengths[row, some] = data.lengths.numpy()[own.episode]
+            self.longest = max(self.longest, int(lengths[row, some][weights > 0].max()))
             shifts[row, some, 0] = (own.target_return - data.returns[own.episode]) * scheme.return_scale
             shifts[row, some, 1] = (data.cost_returns[own.episode] - own.target_cost) * scheme.cost_scale
         self._last = torch.tensor([[len(own.episode) - 1] for own in items], device=device)

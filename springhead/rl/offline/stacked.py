@@ -65,7 +65,8 @@ class MLP(nn.Module):
             if frozen:
                 weight, bias = weight.detach(), bias.detach()
             if weight.shape[-1] == 1:  # batched products are slow where there is one column, several times on CPUs
-                rows = torch.linalg.vecdot(rows, weight.mT).unsqueeze(-1) + bias
+                # Not a product that autocast knows, so the types are made alike here.
+                rows = torch.linalg.vecdot(rows, weight.mT.to(rows.dtype)).unsqueeze(-1) + bias
             else:
                 rows = torch.baddbmm(bias, rows, weight)
             # In place: neither the product nor the activation needs its own input for the gradient.

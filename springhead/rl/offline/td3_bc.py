@@ -7,22 +7,23 @@ terms on one scale (equation 4). Observations are normalised by the data's mean 
 An offline method without a constraint: it sees no costs. Here it is a baseline for CDE.
 
 Deviations:
-  1. An episode cut by its horizon is bootstrapped through, as in TD3; ``timeout_as_terminal`` does otherwise.
-  2. ``reward_scale`` multiplies rewards; the weight w makes the actor indifferent to it.
+  1. An episode cut by its horizon is bootstrapped through, as in the authors' code (``timeouts``).
+  2. ``reward_scale`` multiplies rewards (1: as they are); the weight w makes the actor indifferent to it.
+  3. A constant component of the observations is left as large as it is; the authors add 1e-3 to each deviation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from springhead.bounds import above_zero, at_least, fraction
 from springhead.rl.offline.actor_policy import actor_config
-from springhead.rl.offline.batches import Batch, Flat, Sampler, moments
+from springhead.rl.offline.batches import Batch, Flat, Sampler, going_on, moments
 from springhead.rl.offline.contract import Generators, Member, Settings
 from springhead.rl.offline.stacked import MLP, Values, frozen_copy, pair, polyak
 from springhead.rl.tasks import Task
@@ -49,8 +50,8 @@ class TD3BCSettings(Settings):
     normalise: bool = True
     """Normalise observations."""
     reward_scale: float = 1.0
-    timeout_as_terminal: bool = False
-    """Do not bootstrap where the horizon ended an episode."""
+    timeouts: Literal["bootstrap", "terminal"] = "bootstrap"
+    """Whether a state after the horizon has a value, or the horizon ends an episode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +106,7 @@ class TD3BC:
         cut = (noise * settings.policy_noise).clamp(-settings.noise_clip, settings.noise_clip)
         actions = (self.target_actor(batch.next_observations) + cut).clamp(-1.0, 1.0)
         following: torch.Tensor = self.target_critics(pair(batch.next_observations, actions)).amin(1)
-        over = (batch.terminals + batch.timeouts).clamp(max=1) if settings.timeout_as_terminal else batch.terminals
-        return batch.rewards + settings.discount * (1 - over) * following
+        return batch.rewards + settings.discount * going_on(batch, settings.timeouts) * following
 
     def update(self, step: int) -> dict[str, torch.Tensor]:
         """Takes one step of the critics and, every ``policy_delay`` steps, one of the actor and the targets."""

@@ -6,7 +6,8 @@ copied from the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def train(
         own = [number for number, member in enumerate(members) if member.seed == seed]
         limits = [limit for number in own if (limit := members[number].cost_limit) is not None]
         config = {"algorithm": name, "task": task.name, "seed": seed, "limits": limits, **learner.config(own[0])}
+        if settings.precision != "float32":
+            config["precision"] = settings.precision
         trained.append(
             Trained(
                 config,
@@ -161,7 +164,8 @@ def fit(
         on_step(first, {})
     keep = set(policy_steps(settings))
     for step in range(first + 1, settings.steps + 1):
-        figures = learner.update(step)
+        with arithmetic(settings.precision):
+            figures = learner.update(step)
         last, due = step == settings.steps, step % settings.checkpoint_every == 0
         if not (last or due or step in keep or step % settings.report_every == 0):
             continue
@@ -179,6 +183,25 @@ def fit(
             saved = step
         on_step(step, row)
     return history
+
+
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """Within it CUDA's matrix products have a precision, see ``Settings.precision``."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        if precision == "tf32":
+            products.fp32_precision = "tf32"
+        if precision == "bfloat16":
+            # Without the cache of cast weights: an update takes several steps, and the cache would keep those before.
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        if precision == "tf32":
+            products.fp32_precision = before
 
 
 def label(members: Sequence[Member], number: int) -> str:

@@ -34,7 +34,8 @@ class Shape:
     Attributes:
         observation_dim: Length of an observation.
         action_dim: Length of an action.
-        time_steps: Size of the table of time embeddings; later steps share its last entry.
+        time_steps: Size of the table of time embeddings: the steps of the longest episode that is drawn, and a context
+            for the padding behind it, whose embeddings no loss reaches.
         width: Token width, a multiple of ``heads``.
         layers: Number of blocks.
         heads: Attention heads.
@@ -189,8 +190,13 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """Gradients by queries and rows."""
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return Attention._gradients(ctx, gradients[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, by_seen: torch.Tensor) -> Any:
         query, key, value, weights, dropped, kept = ctx.saved_tensors
-        (gradient,) = _heads(gradients[0], 1, ctx.heads)
+        (gradient,) = _heads(by_seen, 1, ctx.heads)
         scores = torch.bmm(gradient, value.mT)
         if kept is not None:
             scores.mul_(kept)
@@ -224,7 +230,12 @@ def attend(
     if drop is not None or (rows.requires_grad and not rows.is_cuda):
         shape = (members, len(rows) // members * heads, *hidden.shape)
         kept = None if drop is None else drop.kept(shape).flatten(0, 1)
-        attended: torch.Tensor = Attention.apply(query, rows, hidden, kept, heads)  # type: ignore[no-untyped-call]
+        # In float32 under autocast too: the gradient is written out, and mixes no types.
+        with torch.autocast(rows.device.type, enabled=False):
+            whole = None if query is None else query.float()
+            attended: torch.Tensor = Attention.apply(  # type: ignore[no-untyped-call]
+                whole, rows.float(), hidden, kept, heads
+            )
         return attended
     parts = rows.unflatten(-1, (3 if query is None else 2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if query is not None:

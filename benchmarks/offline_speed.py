@@ -9,7 +9,8 @@ scripts with its own data loader, in the process (0 workers) and with the 8 work
 by one that does nothing; the faster of the two counts. Ours is ``Learner.update`` with the figures read every tenth
 step, as in training. On a loaded machine the ratio of processor times tells more than that of the rates. ``members``
 are models trained side by side: the last columns set 16 of them beside one. Batches of CDT are sequences; OSRL needs
-seconds for one of the paper's 2048. The file is made by ``offline_parity.py data``.
+ten seconds for one of 2048, so give it ``--only cdt --seconds 25 --members 2``. The file is made by
+``offline_parity.py data``.
 """
 
 from __future__ import annotations

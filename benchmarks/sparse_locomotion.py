@@ -104,7 +104,7 @@ def collect(dense: str, folder: Path) -> None:
     successes = np.mean([episode.episode_return > 0 for episode in paid])
     print(
         f"{dense}: {len(paid)} episodes, {sum(e.length for e in paid)} steps; dense returns {returns.min():.1f} to "
-        f"{returns.max():.1f}, mean {returns.mean():.1f}; threshold {threshold:g}; {100 * successes:.0f} % succeed; "
+        f"{returns.max():.1f}, mean {returns.mean():.1f}; threshold {threshold}; {100 * successes:.0f} % succeed; "
         f"{folder / 'dataset.hdf5'}: sha256 {file_digest(folder / 'dataset.hdf5')}"
     )
 

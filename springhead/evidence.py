@@ -144,8 +144,7 @@ def read_evidence(root: Path, home: Path, model: str, sources: Sources, audited:
         cost_limit=None if limit is None else float(limit),
         references=_references(summary, models, limit),
         references_by_limit={
-            key: _references(summary, [(entry, _figures(entry, key, sources)) for entry, _ in models], key)
-            for key in _limits(summary, sources)
+            key: _references(summary, _evaluated_at(key, summary, sources), key) for key in _limits(summary, sources)
         },
         candidates=candidates,
         signing_problems=_signing_problems(root, home),
@@ -190,13 +189,21 @@ def _entries(summary: Any, sources: Sources) -> list[Mapping[str, Any]]:
 
 
 def _limit(summary: Any, sources: Sources) -> str | None:
-    """Returns the key of the cost limit that the gates look at."""
+    """Returns the key of the cost limit that the gates look at: of those that every model was evaluated at."""
     if sources.limit is None:
         return None
-    keys = {str(key) for entry in _entries(summary, sources) for key in entry.get("limits", {})}
+    keys = _limits(summary, sources)
     if not keys:
         raise BadInput(f"{sources.evaluation}: no figures by cost limit in it; run `dvc repro` to make it again")
-    return limit_named(sources.limit, sorted(keys, key=float))
+    entries = _entries(summary, sources)
+    if common := [key for key in keys if all(key in entry.get("limits", {}) for entry in entries)]:
+        return limit_named(sources.limit, common)
+    found = {_method(entry): ", ".join(sorted(entry.get("limits", {}), key=float)) or "none" for entry in entries}
+    raise BadInput(
+        f"{sources.evaluation}: no cost limit at which every model was evaluated, so none to choose by "
+        f"({'; '.join(f'{method}: {limits}' for method, limits in sorted(found.items()))}); "
+        "give them one in common by `limits` in rl.train and run `dvc repro`"
+    )
 
 
 def limit_named(name: str, ordered: list[str]) -> str:
@@ -204,10 +211,15 @@ def limit_named(name: str, ordered: list[str]) -> str:
     return {"lowest": ordered[0], "middle": ordered[len(ordered) // 2], "highest": ordered[-1]}[name]
 
 
+def _evaluated_at(limit: str, summary: Any, sources: Sources) -> list[tuple[Mapping[str, Any], dict[str, float]]]:
+    """Returns the models that were evaluated at a cost limit, with their figures there."""
+    entries = _entries(summary, sources)
+    return [(entry, _figures(entry, limit, sources)) for entry in entries if limit in entry.get("limits", {})]
+
+
 def _limits(summary: Any, sources: Sources) -> list[str]:
-    """Returns all cost limits that every model was evaluated at, lowest first."""
-    sets = [set(map(str, entry.get("limits", {}))) for entry in _entries(summary, sources)]
-    return sorted(set.intersection(*sets), key=float) if sets else []
+    """Returns all cost limits that any model was evaluated at, lowest first."""
+    return sorted({str(key) for entry in _entries(summary, sources) for key in entry.get("limits", {})}, key=float)
 
 
 def _numbers(block: Any) -> dict[str, float]:

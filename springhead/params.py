@@ -38,7 +38,8 @@ def read_params(path: Path | str) -> dict[str, Any]:
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; restore it with `git checkout`") from None
+        do = "restore it with `git checkout`" if Path(path).name == "params.yaml" else "check its name"
+        raise BadInput(f"{path}: no such file; {do}") from None
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -131,7 +132,7 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert(option, value, where)
         except BadInput as error:
             problems.append(str(error))
-    raise BadInput(problems[0] if problems else f"{where}: expected null, found {value!r}")
+    raise BadInput("; or ".join(problems) or f"{where}: expected null, found {value!r}")
 
 
 def _convert_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -182,6 +182,28 @@ def test_a_bound_at_each_limit_looks_at_all_of_them(checkout: Checkout) -> None:
     assert judgement.chosen.label == "cdt seed 1"
 
 
+def test_models_with_limits_of_their_own_can_be_promoted(checkout: Checkout) -> None:
+    path = f"data/rl/evaluate/{TASK}/summary.json"
+    summary = read_json(checkout.root / path)
+    for model in summary["models"]:
+        if model["algorithm"] == "cdt":  # trained for 15 and 30, and evaluated at the others' higher limits too
+            found = model["limits"].pop("5")
+            model["limits"] |= {"15": found, "30": found}
+    for reference in summary["references"]:
+        reference["limits"] = {key: {"normalised_return": 0.0} for key in ("5", "15", "20", "30", "100")}
+    write_json(checkout.root / path, summary)
+    checkout.receipt(f"rl-evaluate@{TASK}", f"data/rl/evaluate/{TASK}", [f"data/rl/train/{TASK}"])
+    rules = yaml.safe_load((checkout.root / gates.RULES).read_text())
+    rules["families"]["rl"] |= {"limit": "lowest"}
+    rules["families"]["rl"]["bounds"].append({"metric": "normalised_return", "not_below": "random", "at": "each"})
+    (checkout.root / gates.RULES).write_text(yaml.safe_dump(rules))
+    judgement = judge(checkout)
+    assert judgement.chosen is not None
+    assert judgement.chosen.label == "cdt seed 0"
+    rules, item = gates.rules_for(gates.read_rules(checkout.root), NAME)
+    assert read_evidence(checkout.root, checkout.home, NAME, rules.sources(item)).cost_limit == 20  # 5, 15, 30: not all
+
+
 def test_noise_is_the_standard_error_of_the_difference() -> None:
     # By hand: sd 0.2 over 16 episodes is 0.05; a share of 0.5 of 100 problems has 0.05 as well.
     assert gates.standard_error({"r": 0.5, "r_std": 0.2, "episodes": 16}, "r") == pytest.approx(0.05)

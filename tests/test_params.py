@@ -23,6 +23,7 @@ class Outer:
     inner: Inner
     mode: Literal["a", "b"] = "a"
     limit: float | None = None
+    rate: Literal["auto"] | float = "auto"
     pair: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
@@ -36,7 +37,7 @@ GOOD = {"name": "x", "sizes": [1, 2], "inner": {"low": 1}}
 @pytest.mark.unit
 def test_values_are_converted_to_their_types() -> None:
     made = load(Outer, {**GOOD, "limit": 3, "pair": [4, 5]}, "p")
-    assert made == Outer("x", (1, 2), Inner(1.0), "a", 3.0, (4, 5))
+    assert made == Outer("x", (1, 2), Inner(1.0), "a", 3.0, pair=(4, 5))
     assert isinstance(made.inner.low, float)
 
 
@@ -52,6 +53,7 @@ def test_values_are_converted_to_their_types() -> None:
         ({"sizes": []}, "p: sizes: needs at least one size"),
         ({"mode": "c"}, "p.mode: 'c' is not one of 'a', 'b'"),
         ({"limit": "no"}, "p.limit: expected float"),
+        ({"rate": "uato"}, "p.rate: 'uato' is not one of 'auto'; or p.rate: expected float, found 'uato' (str)"),
         ({"pair": [1]}, "p.pair: expected 2 items, found 1"),
         ({"inner": 3}, "p.inner: expected a mapping"),
     ],
@@ -66,6 +68,14 @@ def test_what_does_not_fit_is_named(change: dict[str, object], message: str) -> 
 def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("a: 1e-6\nb: 1.0e-6\nc: 5e3\nd: e5\n")
     assert read_params(tmp_path / "p.yaml") == {"a": 1e-6, "b": 1e-6, "c": 5000.0, "d": "e5"}
+
+
+@pytest.mark.unit
+def test_a_missing_file_is_restored_where_it_is_the_checkouts_own(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"params\.yaml: no such file; restore it with `git checkout`"):
+        read_params(tmp_path / "params.yaml")
+    with pytest.raises(BadInput, match=r"mine\.yaml: no such file; check its name$"):
+        read_params(tmp_path / "mine.yaml")
 
 
 @pytest.mark.unit

@@ -1,6 +1,6 @@
 """Answers of a model to a file of rows, in shards that survive a kill, every answer with where it came from.
 
-    out/run.json            what was asked: digests of model, template and rows, decoding, back end
+    out/run.json            what was asked: digests of model, template and rows, decoding, back end, number format
     out/shard-00000.jsonl   finished shards, written whole or not at all
     out/answers.jsonl       all answers in the order of the rows, when the last shard is done
 
@@ -45,6 +45,35 @@ def conversation_of(row: Row) -> Conversation:
     return messages
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; one without an id gets its file's name and line as id.
+
+    Raises:
+        BadInput: there are none, or an id is no text or is there twice.
+    """
+    rows: list[Row] = [{"id": f"{path.name}:{number}", **row} for number, row in enumerate(read_jsonl(path), start=1)]
+    check_ids(rows, str(path))
+    return rows
+
+
+def check_ids(rows: Sequence[Row], where: str) -> None:
+    """Make sure that there are rows, each with an id of its own.
+
+    Raises:
+        BadInput: naming the first row that is wrong, by its number from 1.
+    """
+    if not rows:
+        raise BadInput(f"{where}: no rows; give at least one")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        name = row.get("id")
+        if not isinstance(name, str) or not name:
+            raise BadInput(f"{where}: row {number}: its 'id' must be a text that is not empty, found {name!r}")
+        if name in seen:
+            raise BadInput(f"{where}: row {number}: the id {name!r} is that of row {seen[name]}; ids must be different")
+        seen[name] = number
+
+
 def write_answers(
     rows: Sequence[Row],
     engine: Engine,
@@ -56,6 +85,7 @@ def write_answers(
     samples: int = 1,
     shard_rows: int = 1024,
     backend: str = "torch",
+    numerics: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Answer rows into a folder, going on where an earlier run of the same request stopped.
@@ -70,6 +100,7 @@ def write_answers(
         samples: answers to each row; more than one makes sense above temperature 0 alone.
         shard_rows: answers in a shard: what a kill loses at most.
         backend: name of the engine; answers of two back ends are not the same to the last token.
+        numerics: device and number format that the engine computes in; a run in another does not go on.
         progress: told about finished answers.
 
     Returns:
@@ -77,15 +108,13 @@ def write_answers(
         (their number, without end sign), `finish`, `model`, `template`, `decoding` and `backend`.
 
     Raises:
-        BadInput: a row has no id or a second row has it, there are none, or `out` holds another run.
+        BadInput: see `check_ids` and `conversation_of`; the samples would be equal; or `out` holds another run.
     """
     if samples < 1 or shard_rows < 1:
         raise BadInput("samples and shard_rows must be at least 1")
     if samples > 1 and decoding.temperature == 0:
         raise BadInput(f"samples is {samples}, but at temperature 0 all are the same; raise it, or ask once")
-    ids = [row.get("id") for row in rows]
-    if not rows or not all(isinstance(name, str) and name for name in ids) or len(set(ids)) != len(ids):
-        raise BadInput("rows to answer need an 'id' each, all different, and there must be at least one")
+    check_ids(rows, "rows to answer")
     request: dict[str, Any] = {
         "model": model,
         "template": template,
@@ -94,6 +123,7 @@ def write_answers(
         "samples": samples,
         "shard_rows": shard_rows,
         "backend": backend,
+        **(numerics or {}),
     }
     del request["decoding"]["batch_rows"]  # no answer depends on it
     _claim(out, request)
@@ -200,22 +230,24 @@ def torch_engine(folder: Path, decoding: Decoding, device: students.Device, temp
     Raises:
         BadInput: not a safe model folder, or a template that it cannot use.
     """
-    model, tokenizer = students.load(folder, device)
+    model, tokenizer = students.load_to_ask(folder, device)
     chat.use_template(tokenizer, template)
     return lambda conversations, keys: generation.answer(model, tokenizer, conversations, decoding, keys=keys)
 
 
 def run(settings: Settings) -> Path:
     """Answer as the settings say; returns the file of all answers."""
-    path, folder = Path(settings.rows), Path(settings.model)
-    rows = [{"id": f"{path.name}:{number}", **row} for number, row in enumerate(read_jsonl(path), start=1)]
+    folder = Path(settings.model)
+    rows = read_rows(Path(settings.rows))
     tokenizer = students.load_tokenizer(folder)
     chat.use_template(tokenizer, settings.chat_template)
     if settings.backend == "vllm":
         from springhead.llm.vllm_engine import VllmEngine
 
         engine: Engine = VllmEngine(folder, settings.decoding)
+        numerics = {"device": "cuda", "dtype": "auto"}  # what vLLM makes of the model's own
     else:
+        numerics = students.numerics(settings.device)
         engine = torch_engine(folder, settings.decoding, settings.device, settings.chat_template)
     with Progress(len(rows) * settings.samples, "answering", "answers") as bar:
         return write_answers(
@@ -228,6 +260,7 @@ def run(settings: Settings) -> Path:
             samples=settings.samples,
             shard_rows=settings.shard_rows,
             backend=settings.backend,
+            numerics=numerics,
             progress=bar,
         )
 

@@ -8,29 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.jsonio import read_json, write_json_atomic
-from springhead.llm import chat, generation, students
+from springhead.llm import chat, generation
 from springhead.llm.answers import Row, conversation_of, read_answers, write_answers
 from springhead.progress import Progress
 
 
-def load(folder: Path, device: students.Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to ask: in bfloat16 on a GPU, as training computes there, and in float32 on the CPU.
-
-    Raises:
-        BadInput: not a safe model folder, or CUDA was asked for and there is none.
-    """
-    on_gpu = students.pick_device(device).type == "cuda"
-    return students.load(folder, device, torch.bfloat16 if on_gpu else torch.float32)
-
-
 def described(model: PreTrainedModel, decoding: generation.Decoding) -> dict[str, Any]:
     """How answers come about: the decoding, and the device and number format of the model."""
-    settings = {**asdict(decoding), "stop": list(decoding.stop)}
-    return settings | {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {**asdict(decoding), "stop": list(decoding.stop), **_numerics(model)}
+
+
+def _numerics(model: PreTrainedModel) -> dict[str, str]:
+    return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def ask(
@@ -73,6 +65,7 @@ def ask(
         decoding,
         scratch,
         shard_rows=decoding.batch_rows,
+        numerics=_numerics(model),
         progress=progress,
     )
     texts = {str(line["parents"][0]): str(line["text"]) for line in read_answers(path)}

@@ -202,7 +202,7 @@ def split_metrics(rows: Sequence[Graded], seed: int) -> dict[str, Any]:
 
 
 def correction_intervals(
-    problems: Sequence[str], before: Sequence[bool], after: Sequence[bool], seed: int = 0
+    problems: Sequence[str], before: Sequence[bool], after: Sequence[bool], seed: int
 ) -> dict[str, list[float]]:
     """Intervals of the four rates of `springhead.llm.rac.rates`, re-drawing whole problems.
 

@@ -11,7 +11,8 @@ from springhead.sources import obtain
 READERS: Mapping[str, ModuleType] = MappingProxyType(
     {"dag": solver, "logic": logic, prontoqa.FAMILY: prontoqa, gsm8k.FAMILY: gsm8k}
 )
-"""By family; each has `solve`, `needed_statements`, `signature` and `chain_error`."""
+"""By family; each has `solve`, `needed_statements`, `signature` and `chain_error`, and `plain` if its sentences are
+reworded."""
 LABELLED = frozenset({"logic", prontoqa.FAMILY})
 """Families whose answers are True and False; those of the others are numbers."""
 STORIES = frozenset({gsm8k.FAMILY})
@@ -27,6 +28,16 @@ def reader(family: str) -> ModuleType:
     if family not in READERS:
         raise BadInput(f"unknown family {family!r}; known: {', '.join(READERS)}")
     return READERS[family]
+
+
+def own_words(family: str, sentence: str) -> str:
+    """A sentence of a generated family in the generator's own words; of any other family as it is.
+
+    Raises:
+        BadInput: there is no such family.
+    """
+    plain = getattr(reader(family), "plain", None)
+    return str(plain(sentence)) if plain is not None else sentence
 
 
 def obtain_sources(problems: Iterable[tuple[str, Iterable[str]]], root: Path | None = None) -> None:

@@ -88,10 +88,9 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Conversation],
     decoding: Decoding,
-    progress: Progress | None = None,
 ) -> list[str]:
     """Answer prompts, in their order; the texts of `answer`."""
-    return [given.text for given in answer(model, tokenizer, prompts, decoding, progress)]
+    return [given.text for given in answer(model, tokenizer, prompts, decoding)]
 
 
 def answer(
@@ -99,7 +98,6 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Conversation],
     decoding: Decoding,
-    progress: Progress | None = None,
     keys: Sequence[Key] | None = None,
 ) -> list[Answer]:
     """Answer prompts, in their order.
@@ -109,7 +107,6 @@ def answer(
         tokenizer: with a chat template.
         prompts: what to answer.
         decoding: how.
-        progress: told about finished rows.
         keys: what each row's draws are seeded by, beside `decoding.seed`; their place in `prompts` if not given.
 
     Raises:
@@ -120,24 +117,12 @@ def answer(
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answers = answer_ids(model, ids, decoding, ends, int(pad), progress, keys, tokenizer)
+    answers = answer_ids(model, ids, decoding, ends, int(pad), keys, tokenizer)
     for given in answers:
         text = str(tokenizer.decode(given.ids, skip_special_tokens=True))
         cuts = [text.index(stop) for stop in decoding.stop if stop in text] if given.finish == "stop" else []
         given.text = text[: min(cuts, default=len(text))].strip()
     return answers
-
-
-def generate_ids(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    eos: int,
-    pad: int,
-    progress: Progress | None = None,
-) -> list[list[int]]:
-    """Token version of `generate`; the answers are without `eos`."""
-    return [given.ids for given in answer_ids(model, prompts, decoding, [eos], pad, progress)]
 
 
 @torch.no_grad()
@@ -147,11 +132,14 @@ def answer_ids(
     decoding: Decoding,
     ends: Sequence[int],
     pad: int,
-    progress: Progress | None = None,
     keys: Sequence[Key] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
 ) -> list[Answer]:
-    """Token version of `answer`; `tokenizer` is needed for stop texts alone. The answers have no `text` yet."""
+    """Token version of `answer`; `tokenizer` is needed for stop texts alone. The answers have no `text` yet.
+
+    `progress` is told about finished rows.
+    """
     room = _room(model, prompts, decoding, keys)
     was_training = model.training
     model.eval()

@@ -157,8 +157,8 @@ def _redundant(
 # -- reading the text back, independently of the generator ----------------------------------------
 
 
-def _plain(text: str) -> str:
-    """A sentence in the generator's own words."""
+def plain(text: str) -> str:
+    """A sentence in the generator's own words, if it is a reworded one; any other as it is."""
     match = _REWORDED.fullmatch(text)
     if match is None:
         return text
@@ -169,7 +169,7 @@ def _parse(statements: Sequence[str]) -> tuple[dict[str, set[str]], dict[str, li
     """Facts (who is which kinds) and rules (kind -> claims with their sentence)."""
     facts: dict[str, set[str]] = {}
     rules: dict[str, list[tuple[Claim, str]]] = {}
-    for text in map(_plain, statements):
+    for text in map(plain, statements):
         if match := _RULE.fullmatch(text):
             claim = (match[2], True) if match[2] else (match[4], match[3] is None)
             rules.setdefault(match[1], []).append((claim, text))
@@ -181,7 +181,7 @@ def _parse(statements: Sequence[str]) -> tuple[dict[str, set[str]], dict[str, li
 
 
 def _parse_question(question: str) -> tuple[str, Claim]:
-    match = _QUESTION.fullmatch(_plain(question))
+    match = _QUESTION.fullmatch(plain(question))
     if match is None:
         raise BadInput(f"cannot read the question {question!r}: expected 'True or false: NAME is [not] PROPERTY?'")
     return match[1], (match[3], match[2] is None)

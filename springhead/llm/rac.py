@@ -283,11 +283,14 @@ def correct(
     decoding: generation.Decoding,
     progress: Progress | None = None,
 ) -> list[Corrected]:
-    """Answer prompts, then answer them again with the first answer and the cue in view."""
+    """Answer prompts, then answer them again with the first answer and the cue in view; both count as progress."""
     asked = [generation.prompt_ids(tokenizer, prompt) for prompt in prompts]
-    first = [answer.ids for answer in generation.answer_ids(model, asked, decoding, form.ends, form.pad, progress)]
+    first = [
+        answer.ids for answer in generation.answer_ids(model, asked, decoding, form.ends, form.pad, progress=progress)
+    ]
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in first]
-    return [Corrected(*pair) for pair in zip(texts, again(model, tokenizer, asked, first, form, decoding), strict=True)]
+    second = again(model, tokenizer, asked, first, form, decoding, progress)
+    return [Corrected(*pair) for pair in zip(texts, second, strict=True)]
 
 
 def again(
@@ -297,6 +300,7 @@ def again(
     shown: Sequence[Sequence[int]],
     form: Form,
     decoding: generation.Decoding,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Answer prompts with an answer and the cue in view.
 
@@ -307,10 +311,11 @@ def again(
         shown: For each an answer, without end sign; a model that reads it copies a right one.
         form: What answer and correction stand in.
         decoding: How to answer. Numbers are drawn anew: those of the first answer would repeat a slip at its place.
+        progress: Told about finished rows.
     """
     rows = [form.asked_again(prompt, answer) for prompt, answer in zip(asked, shown, strict=True)]
     keys = [f"correction {number}" for number in range(len(rows))]
-    found = generation.answer_ids(model, rows, decoding, form.ends, form.pad, keys=keys)
+    found = generation.answer_ids(model, rows, decoding, form.ends, form.pad, keys=keys, progress=progress)
     return [str(tokenizer.decode(answer.ids, skip_special_tokens=True)).strip() for answer in found]
 
 

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput, SpringheadError
-from springhead.jsonio import read_json, read_jsonl, write_json
+from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import json_digest, tree_digest
-from springhead.llm import asking, chat, freerunning, generation, rouge, students
-from springhead.llm.answers import Row, conversation_of, read_answers
+from springhead.llm import chat, freerunning, generation, rouge, students
+from springhead.llm.answers import Row, conversation_of, read_answers, read_rows
 from springhead.llm.evaluation import bootstrap
 from springhead.llm.mend import final_answer
-from springhead.llm.packing import encode_rows
+from springhead.llm.packing import encode
 from springhead.params import load, read_params
 from springhead.tables import write_csv
 
 _ASKED = ("model", "template", "decoding", "backend", "samples")
+_NUMERICS = ("device", "dtype")
+"""Part of a run since they are recorded."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +100,38 @@ def means(lines: Sequence[tuple[str, Mapping[str, float]]], seed: int) -> dict[s
 
 
 def free_running(settings: Settings, rows: Sequence[Row], run: Mapping[str, Any]) -> dict[str, Any]:
-    """The free-running gap of the model on the first rows, each with its completion, or its first reference.
+    """The free-running gap of the model on the first rows, each with the answer that `with_reference` finds.
 
     Raises:
-        BadInput: another model, or another template, than answered; or a row has no reference text.
+        BadInput: another model, template, device or number format than answered; or a row has no reference text, or
+            one that does not fit the model's context.
     """
     folder = Path(settings.model)
     if tree_digest(folder) != run["model"]:
         raise BadInput(f"{folder}: not the model of {settings.answers}; name the folder that answered")
-    model, tokenizer = asking.load(folder, settings.device)
+    now, then = students.numerics(settings.device), {name: run[name] for name in _NUMERICS if name in run}
+    if run["backend"] == "torch" and now | then != now:
+        raise BadInput(
+            f"device {settings.device!r}: here it is {now['dtype']} on {now['device']}, but {settings.answers} was "
+            f"answered in {then['dtype']} on {then['device']}; set device to {then['device']}, where there is one"
+        )
+    model, tokenizer = students.load_to_ask(folder, settings.device)
     chat.use_template(tokenizer, settings.chat_template)
     if chat.template_digest(tokenizer) != run["template"]:
-        raise BadInput(f"chat_template {settings.chat_template!r}: {settings.answers} was answered with another")
-    chosen = [_with_reference(row) for row in rows[: settings.gap_rows]]
+        raise BadInput(
+            f"chat_template {settings.chat_template!r}: {settings.answers} was answered with another; set "
+            "chat_template to the one in the answers' settings"
+        )
+    chosen = [with_reference(row) for row in rows[: settings.gap_rows]]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
     ends = generation.end_texts(model, tokenizer)
-    examples, _ = encode_rows(chosen, tokenizer, context, "error", ends)
+    examples = [encode(row, tokenizer, ends) for row in chosen]
+    for row, example in zip(chosen, examples, strict=True):
+        if len(example.ids) > context:
+            raise BadInput(
+                f"row {row['id']}: {len(example.ids)} tokens with its reference, the model's context is {context}; "
+                "shorten the reference, or lower gap_rows"
+            )
     asked = {**run["decoding"], "stop": tuple(run["decoding"]["stop"])}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     end_ids = generation.end_ids(model, tokenizer)
@@ -122,13 +140,26 @@ def free_running(settings: Settings, rows: Sequence[Row], run: Mapping[str, Any]
     return freerunning.summary(found, settings.seed)
 
 
-def _with_reference(row: Row) -> Row:
-    """A row as it would be trained on."""
-    if "messages" in row or "completion" in row:
-        return row
-    if not row.get("references"):
-        raise BadInput(f"row {row['id']}: the free-running gap needs a 'completion' or 'references'")
-    return {**row, "completion": row["references"][0]}
+def with_reference(row: Row) -> Row:
+    """What was asked, followed by the answer it is to be compared with.
+
+    That is the assistant's message which its conversation ends with, else its completion, else its first reference.
+
+    Raises:
+        BadInput: it has none of them.
+    """
+    asked = generation.as_messages(conversation_of(row))
+    given = row.get("messages", row.get("prompt"))
+    answer = given[len(asked) :] if isinstance(given, list) else []
+    answer = answer or row.get("completion") or [*(row.get("references") or []), ""][0]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}] if answer else []
+    if not answer or answer[-1]["role"] != "assistant":
+        raise BadInput(
+            f"row {row['id']}: the free-running gap needs an answer to compare with; give it a 'completion' or "
+            "'references', or end its messages with the assistant's"
+        )
+    return {"id": row["id"], "messages": [*asked, *answer]}
 
 
 def score(settings: Settings) -> dict[str, Any]:
@@ -138,7 +169,7 @@ def score(settings: Settings) -> dict[str, Any]:
         BadInput: the answers are incomplete, changed or of other rows, or a row has nothing to compare with.
     """
     path, folder = Path(settings.rows), Path(settings.answers)
-    rows: list[Row] = [{"id": f"{path.name}:{n}", **row} for n, row in enumerate(read_jsonl(path), start=1)]
+    rows = read_rows(path)
     run = read_json(folder / "run.json")
     if json_digest([{"id": row["id"], "asked": conversation_of(row)} for row in rows]) != run.get("rows"):
         raise BadInput(f"{path}: not the rows that {folder} answers; name the file that was answered, unchanged")
@@ -147,7 +178,7 @@ def score(settings: Settings) -> dict[str, Any]:
     by_id = {str(row["id"]): row for row in rows}
     answers = list(read_answers(folder / "answers.jsonl"))
     lines = [(str(a["parents"][0]), figures(by_id[a["parents"][0]], a["text"])) for a in answers]
-    summary: dict[str, Any] = {name: run[name] for name in _ASKED}
+    summary: dict[str, Any] = {name: run[name] for name in (*_ASKED, *_NUMERICS) if name in run}
     summary |= {"answers": len(answers), "cut": sum(a["finish"] == "length" for a in answers) / len(answers)}
     summary["scores"] = means(lines, settings.seed)
     if settings.gap_rows:

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import json_digest
+from springhead.llm.worlds import vocabularies
 
 Node = tuple[str, str]
 """(holder, item): whose number of what."""
@@ -24,14 +25,15 @@ _TIMES = re.compile(rf"(\w+) \w+ (\d+) times as many (\w+) as {_REF}\.")
 _SUM = re.compile(rf"(\w+) \w+ as many (\w+) as {_REF} and {_REF} together\.")
 _QUESTION = re.compile(r"How many (\w+) does (\w+) \w+(?: together)?\?")
 _REWORDED = tuple(
-    (re.compile(form), plain)
-    for form, plain in (
+    (re.compile(form), own)
+    for form, own in (
         (r"(\w+) does (\w+ (?:\d+|as many) .+)", r"\1 \2"),
         (r"(\w+ \w+ \d+ \w+) together\.", r"\1."),
         (r"(\w+ \w+ \d+) (\w+) (more|fewer) than (.+)", r"\1 \3 \2 than \4"),
         (r"(\w+ \w+ \d+ .+ (?:than|as) \w+) does\.", r"\1."),
         (r"(\w+ \w+ as many \w+) together as (.+)\.", r"\1 as \2 together."),
         (r"(\w+ and \w+) together (\w+) as many (\w+) as (\w+)\.", r"\4 \2 as many \3 as \1 together."),
+        (r"(How many \w+ does \w+ \w+) together\?", r"\1?"),
     )
 )
 """Other wordings of these forms (`springhead.llm.paraphrase` writes them), and the form itself."""
@@ -87,10 +89,31 @@ def parse_statement(text: str) -> tuple[Node, Fact]:
     if match := _SUM.fullmatch(text):
         item = match[2]
         return (match[1], item), Fact("sum", 0, ((match[3], match[4] or item), (match[5], match[6] or item)))
-    for form, plain in _REWORDED:
-        if form.fullmatch(text):
-            return parse_statement(form.sub(plain, text))
+    if (other := _unworded(text)) is not None:
+        return parse_statement(other)
     raise BadInput(f"cannot read the statement {text!r}: none of the known sentence forms")
+
+
+def _unworded(text: str) -> str | None:
+    """A reworded sentence in one of the known forms, its verb as it stands; None for any other."""
+    return next((form.sub(own, text) for form, own in _REWORDED if form.fullmatch(text)), None)
+
+
+@lru_cache(maxsize=1 << 16)
+def plain(text: str) -> str:
+    """A sentence in the generator's own words, if it is a reworded one; any other as it is."""
+    other = _unworded(text)
+    if other is None:
+        return text
+    words = other.split(" ")
+    words[1] = _verbs().get(words[1], words[1])  # "does have 3" and "together have" leave the verb's base form
+    return " ".join(words)
+
+
+@lru_cache(maxsize=1)
+def _verbs() -> dict[str, str]:
+    """The worlds' verbs by their base form."""
+    return {world.base: world.verb for world in vocabularies().values()}
 
 
 def parse_question(text: str) -> Node:

@@ -131,6 +131,28 @@ def load(
     return model.to(pick_device(device)).eval(), load_tokenizer(folder)
 
 
+def load_to_ask(folder: Path, device: Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to ask, in the number format of `numerics`.
+
+    Raises:
+        BadInput: not a safe model folder, or CUDA was asked for and there is none.
+    """
+    return load(folder, device, getattr(torch, numerics(device)["dtype"]))
+
+
+def numerics(device: Device) -> dict[str, str]:
+    """What a model that is asked computes on and in: bfloat16 on a GPU, as training does there, float32 on the CPU.
+
+    Returns:
+        device (cpu or cuda) and dtype.
+
+    Raises:
+        BadInput: CUDA was asked for and there is none.
+    """
+    found = pick_device(device).type
+    return {"device": found, "dtype": "bfloat16" if found == "cuda" else "float32"}
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, without network.
 

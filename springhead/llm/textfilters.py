@@ -7,7 +7,8 @@ What counts as a duplicate needs care here, since MEND makes many texts of one p
 - a row is a duplicate only if another row of the same method shows the same prompt and the same completion, and
   evaluation rows are exempt, so that every evaluation problem keeps all its variants;
 - leakage is looked for between a training row and the evaluation problems, by three signs: a shared parent, the same
-  expression (numbers and operations without names, so permuted and renamed copies count), and n-gram overlap.
+  expression (numbers and operations without names, so permuted and renamed copies count), and n-gram overlap, with
+  reworded sentences back in the generator's own words.
 
 Similarity is the Jaccard index of word n-grams taken inside sentences, so that statement order plays no part
 (`similarity.py`): MinHash decides which pairs are compared, never what is dropped.
@@ -23,7 +24,7 @@ import pyarrow as pa
 
 from springhead.errors import BadInput
 from springhead.llm import mend, solver
-from springhead.llm.families import reader
+from springhead.llm.families import own_words, reader
 from springhead.llm.problems import TRAIN, Problem
 from springhead.llm.similarity import closest, earlier_twins, ngrams
 from springhead.llm.textrows import Row, row_id
@@ -162,13 +163,17 @@ def leakage(rows: Sequence[Row], problems: Sequence[Problem], threshold: float, 
 
 
 def _core(row: Row) -> tuple[str, ...]:
-    """The family, then the sentences the question needs and the question; all sentences of an unreadable text."""
+    """The family, then the sentences the question needs and the question; all sentences of an unreadable text.
+
+    Reworded sentences are put back into the generator's words, which the evaluation problems have.
+    """
     family = row["family"]
     try:
         statements, question = solver.split_text(row["prompt"])
-        return (family, *reader(family).needed_statements(statements, question), question)
+        sentences = [*reader(family).needed_statements(statements, question), question]
     except BadInput:
-        return (family, *re.findall(r"[^.?]+[.?]?", row["prompt"]))
+        sentences = [sentence.strip() for sentence in re.findall(r"[^.?]+[.?]?", row["prompt"])]
+    return (family, *(own_words(family, sentence) for sentence in sentences))
 
 
 def _expression(core: tuple[str, ...]) -> str | None:

@@ -32,6 +32,8 @@ _PACKAGES = {
     "bullet-safety-gym": ("bullet-safety-gym", "pybullet"),
     "safety-gymnasium": ("safety-gymnasium", "mujoco"),
     "metadrive": ("metadrive-simulator",),
+    "gymnasium-robotics": ("gymnasium-robotics", "mujoco"),
+    "sparse": ("safety-gymnasium", "mujoco"),
 }
 """What the environments of a family need beside this package."""
 _BOUNDS = {"bullet-safety-gym": 1000.0, "metadrive": 1.0}
@@ -69,7 +71,7 @@ def write_minari(
         dataset_id: For instance ``springhead/BallCircle-v0``.
         episodes: At least one.
         task: The task; its environment is named in the description, so ``recover_environment`` works, and its
-            published extremes of the return are Minari's reference scores.
+            ``return_range`` are Minari's reference scores.
         about: Who made it and how.
         facts: For each episode what its metadata shall hold, such as ``seed``, ``policy`` or ``cost_limit``; entries
             that are None are left out.
@@ -148,6 +150,8 @@ def _description(dataset_id: str, task: Task, about: About, algorithms: Sequence
         "algorithm_name": ", ".join(algorithms),
     }
     needed = ("springhead", *_PACKAGES.get(task.family, ()))
+    scores = "the reference scores are the lowest and the highest return of the published DSRL data set of the task"
+    meaning = f"infos['cost'] is the cost of every step{f'; {scores}' if task.data_file else ''}."
     return {
         "dataset_id": dataset_id,
         "data_format": "hdf5",
@@ -157,8 +161,7 @@ def _description(dataset_id: str, task: Task, about: About, algorithms: Sequence
         "action_space": serialize_space(gymnasium.spaces.Box(-limit, limit, dtype=np.float32)),
         "env_spec": spec,
         "eval_env_spec": spec,
-        "description": f"Episodes of {task.name} over a range of cost limits. infos['cost'] is the cost of every step; "
-        "the reference scores are the lowest and the highest return of the published DSRL data set of the task.",
+        "description": f"Episodes of {task.name} over a range of cost limits. {meaning}",
         "requirements": [f"{name}=={version}" for name in needed if (version := _version(name))],
         "ref_min_score": task.return_range[0],
         "ref_max_score": task.return_range[1],

@@ -5,7 +5,7 @@ mean and spread over seeds by method), `leaderboard.csv`, `accuracy_by_order.csv
 bins of Kendall's tau), `free_running.csv` (what the model's own words before it cost the reference, by place) and three
 figures. A model that was trained to correct itself (`rac`) also answers again with its first answer in view; what that
 changed is in the summary. The stage metrics are those of the main split. A killed evaluation goes on with the batch
-that it was at.
+that it was at; the answers of such a model are kept when all are there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,12 +108,13 @@ def examine(
     exam: Exam,
     scratch: Path,
     bar: Progress,
+    seed: int,
 ) -> Examined:
     """Ask a model every row; where it was trained to, let it correct its answers; measure its free-running gap.
 
-    What is in `scratch` already, from a run that was killed, is not asked again.
+    What is in `scratch` already, from a run that was killed, is not asked again. `seed` is that of the intervals.
     """
-    model, tokenizer = asking.load(candidate.folder, exam.device)
+    model, tokenizer = students.load_to_ask(candidate.folder, exam.device)
     decoding = generation.Decoding(exam.max_new_tokens, exam.batch_rows)
     facts: dict[str, Any] = {"decoding": asking.described(model, decoding)}
     if candidate.method == rac.METHOD:
@@ -122,12 +123,13 @@ def examine(
         prompts = [row["prompt"] for row in rows]
 
         def corrected() -> list[list[str]]:
-            return [[p.first, p.second] for p in rac.correct(model, tokenizer, prompts, form, decoding)]
+            return [[p.first, p.second] for p in rac.correct(model, tokenizer, prompts, form, decoding, bar)]
 
-        pairs = [rac.Corrected(*pair) for pair in asking.kept(scratch / "corrected.json", corrected)]
-        bar.advance(len(rows))
+        if (kept := scratch / "corrected.json").exists():
+            bar.advance(2 * len(rows))
+        pairs = [rac.Corrected(*pair) for pair in asking.kept(kept, corrected)]
         texts = [pair.first for pair in pairs]
-        facts["correction"], facts["correction_intervals"] = correction_rates(rows, pairs)
+        facts["correction"], facts["correction_intervals"] = correction_rates(rows, pairs, seed)
     else:
         texts = asking.ask(rows, model, tokenizer, decoding, digest, scratch / "answers", bar)
     places: list[dict[str, float]] = []
@@ -136,12 +138,12 @@ def examine(
         examples, _ = encode_rows(gap_rows, tokenizer, tokenizer.model_max_length, "error", ends_written)
         ends, pad = generation.end_ids(model, tokenizer), tokenizer.pad_token_id
         runs = freerunning.runs(model, examples, decoding, ends, int(pad if pad is not None else ends[0]))
-        facts["free_running"], places = freerunning.summary(runs, 0), freerunning.by_place(runs)
+        facts["free_running"], places = freerunning.summary(runs, seed), freerunning.by_place(runs)
     return Examined(texts, evaluation.grade(rows, texts), facts, places)
 
 
 def correction_rates(
-    rows: Sequence[Row], pairs: Sequence[rac.Corrected]
+    rows: Sequence[Row], pairs: Sequence[rac.Corrected], seed: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
     """By split, what correction did to the right and the wrong answers, and the intervals of that."""
     found, intervals = {}, {}
@@ -151,7 +153,7 @@ def correction_rates(
         grades = [evaluation.grade(asked, texts) for texts in zip(*((p.first, p.second) for _, p in mine), strict=True)]
         before, after = ([line["right"] for line in graded] for graded in grades)
         found[split] = rac.rates(before, after)
-        intervals[split] = evaluation.correction_intervals([row["parents"][0] for row in asked], before, after)
+        intervals[split] = evaluation.correction_intervals([row["parents"][0] for row in asked], before, after, seed)
     return found, intervals
 
 
@@ -226,11 +228,12 @@ def run(stage: Stage[Params]) -> None:
     by_tau: list[dict[str, Any]] = []
     by_place: list[dict[str, Any]] = []
     plain = [row for row in rows if (row["split"], row["arrangement"], row["redundancy"]) == (split, "topological", 0)]
-    with stage.progress(len(found) * len(rows), f"{student}", "answers") as bar:
+    answers = len(rows) * sum(2 if candidate.method == rac.METHOD else 1 for candidate in found)
+    with stage.progress(answers, f"{student}", "answers") as bar:
         for candidate in found:
             digest = tree_digest(candidate.folder)
             scratch = stage.scratch / f"{candidate.method}-{candidate.seed}"
-            found_out = examine(candidate, digest, rows, plain[: exam.gap_rows], exam, scratch, bar)
+            found_out = examine(candidate, digest, rows, plain[: exam.gap_rows], exam, scratch, bar, stage.seed)
             graded = found_out.graded
             for name, values in answer_columns(candidate, digest, found_out).items():
                 columns[name] += values

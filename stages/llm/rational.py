@@ -163,7 +163,7 @@ def sampled_answers(
         if not check.max_prompts or seen[goal.kind] < check.max_prompts:
             seen[goal.kind] += 1
             asked.append(goal)
-    model, tokenizer = asking.load(source, check.device)
+    model, tokenizer = students.load_to_ask(source, check.device)
     decoding, digest = check.decoding(stage.seed), tree_digest(source)
     sampler = model_sampler(model, tokenizer, decoding, digest, stage.scratch)
     facts = {k: value for k, value in asking.described(model, decoding).items() if k not in ("batch_rows", "stop")}

@@ -175,7 +175,7 @@ def examine(
     candidate: Candidate, digest: str, rows: Sequence[Row], exam: Exam, params: Params, scratch: Path, bar: Progress
 ) -> Answered:
     """Ask a model every row and have its answers judged; what is in `scratch` already is not asked again."""
-    model, tokenizer = asking.load(candidate.folder, exam.device)
+    model, tokenizer = students.load_to_ask(candidate.folder, exam.device)
     decoding = generation.Decoding(exam.max_new_tokens, exam.batch_rows)
     texts = asking.ask(rows, model, tokenizer, decoding, digest, scratch / "answers", bar)
     judged = safety_eval.judge_answers(rows, texts, refusal.shipped())

@@ -37,8 +37,9 @@ class Tuning:
     device: students.Device
     """cpu, cuda or auto. Only the CPU promises equal bytes."""
     eval_groups: int = 0
-    """How many groups of near-duplicate prompts of each kind to keep out of training, for the evaluation loss: the
-    evaluation rows have no answers. Drawn by the seed, the same for every method; 0 for no evaluation loss."""
+    """How many groups of near-duplicate prompts of each kind to keep out of training at least, for the evaluation loss:
+    the evaluation rows have no answers. A group of several kinds is kept out with all of them. Drawn by the seed, the
+    same for every method; 0 for no evaluation loss."""
     sample_rows: int = 0
     """Evaluation prompts that the model answers every `sft.sample_every` steps and at the end; 0 for none."""
     sample_tokens: int = 128
@@ -58,12 +59,12 @@ class Params:
 
 
 def keep_back(rows: list[Row], bases: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and those of `count` groups of near-duplicate prompts of each kind, drawn by the seed.
+    """The rows to train on, and those of at least `count` groups of near-duplicate prompts of each kind.
 
     Args:
         rows: of all methods, so that each keeps back the same prompts.
         bases: the base prompts, each with its group.
-        count: groups of each kind.
+        count: groups drawn for each kind; one that was drawn for another kind and has this one too comes on top.
         seed: of the draw.
     """
     group = {base["id"]: base["group"] for base in bases}

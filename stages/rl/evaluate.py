@@ -129,24 +129,26 @@ def models(folders: Sequence[Path], root: Path, of: Task) -> list[Entrant]:
     return sorted(found, key=lambda entrant: (entrant.algorithm, entrant.seed))
 
 
-def references(experts: Path, root: Path, of: Task) -> list[Entrant]:
-    """The random policy, the worst expert, and for each limit the best expert; no experts where all is imported."""
+def references(experts: Path, root: Path, trained: Sequence[Entrant]) -> list[Entrant]:
+    """The random policy, the worst expert, and for each limit the best expert; no experts where all is imported.
+
+    They are there under every limit of a model, so that each model has something to be compared with.
+    """
     index = read_json(experts / "index.json")
+    asked = tuple(sorted({limit for entrant in trained for limit in entrant.limits}))
+    random = Entrant("random", None, None, "random", None, asked, asked[:1])
     if not index:
-        return [Entrant("random", None, None, "random", None, of.limits, of.limits[:1])]
-    worst, best = expert_extremes(index, of.limits)
+        return [random]
+    worst, best = expert_extremes(index, asked)
 
     def expert(role: str, name: str, limits: tuple[float, ...]) -> Entrant:
         path = experts / name
         shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else name
         return Entrant(role, None, path, shown, tree_digest(path), limits, limits[:1])
 
-    chosen = [
-        Entrant("random", None, None, "random", None, of.limits, of.limits[:1]),
-        expert("worst-expert", worst, of.limits),
-    ]
+    chosen = [random, expert("worst-expert", worst, asked)]
     for name in dict.fromkeys(best.values()):
-        chosen.append(expert("best-expert", name, tuple(limit for limit in of.limits if best[limit] == name)))
+        chosen.append(expert("best-expert", name, tuple(limit for limit in asked if best[limit] == name)))
     return chosen
 
 
@@ -286,7 +288,7 @@ def run(stage: Stage[Params]) -> None:
     """Evaluates everything and writes the tables and plots."""
     of = task(stage.item["task"])
     trained = models(stage.inputs("train"), stage.root, of)
-    compared = references(stage.input("experts"), stage.root, of)
+    compared = references(stage.input("experts"), stage.root, trained)
     entrants = [*trained, *compared]
     outcomes = evaluate(stage, of, entrants)
     entries = summarise(of, entrants, outcomes)

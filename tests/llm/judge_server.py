@@ -17,6 +17,7 @@ class Server:
     def __init__(self) -> None:
         self.reply: Reply = lambda _: completion("A")
         self.asked: list[tuple[str, dict[str, str], Any]] = []
+        self.answer: Callable[[Any], tuple[int, bytes]] | None = None
         self.pause = 0.0
         outer = self
 
@@ -25,7 +26,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((self.path, dict(self.headers), body))
                 time.sleep(outer.pause)
-                status, content = outer.reply(len(outer.asked))
+                status, content = outer.answer(body) if outer.answer else outer.reply(len(outer.asked))
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", "http://127.0.0.1:9/elsewhere")

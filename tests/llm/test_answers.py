@@ -6,7 +6,7 @@ import yaml
 
 from springhead.errors import BadInput
 from springhead.lineage.digests import tree_digest
-from springhead.llm import answers, vllm_engine
+from springhead.llm import answers, students, vllm_engine
 from springhead.llm.answers import read_answers, torch_engine, write_answers
 from springhead.llm.generation import Answer, Decoding
 from springhead.params import load
@@ -91,9 +91,37 @@ def test_other_requests_and_changed_answers_are_refused(engine, tmp_path: Path) 
 
 
 @pytest.mark.fault
+def test_a_run_does_not_go_on_in_another_number_format(engine, tmp_path: Path) -> None:
+    on_cpu, on_gpu = {"device": "cpu", "dtype": "float32"}, {"device": "cuda", "dtype": "bfloat16"}
+    path = write_answers(ASKED, engine, "d1", "t1", SAMPLED, tmp_path / "out", numerics=on_cpu)
+    assert write_answers(ASKED, engine, "d1", "t1", SAMPLED, tmp_path / "out", numerics=on_cpu) == path
+    with pytest.raises(BadInput, match="holds the answers of another run"):
+        write_answers(ASKED, engine, "d1", "t1", SAMPLED, tmp_path / "out", numerics=on_gpu)
+
+
+def test_the_torch_back_end_loads_as_the_gap_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load_to_ask(folder: Path, device: students.Device):
+        loaded.append((folder, device))
+        return students.load(folder)
+
+    monkeypatch.setattr(students, "load_to_ask", load_to_ask)
+    torch_engine(model, SAMPLED, "auto")
+    assert loaded == [(model, "auto")]
+
+
+@pytest.mark.fault
 def test_bad_requests_are_named(engine, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="all different"):
+    with pytest.raises(BadInput, match="row 5: the id 'a' is that of row 1; ids must be different"):
         write_answers([*ASKED, ASKED[0]], engine, "d", "t1", SAMPLED, tmp_path)
+    with pytest.raises(BadInput, match="row 2: its 'id' must be a text that is not empty, found 7"):
+        write_answers([ASKED[0], {**ASKED[1], "id": 7}], engine, "d", "t1", SAMPLED, tmp_path)
+    with pytest.raises(BadInput, match="rows to answer: no rows; give at least one"):
+        write_answers([], engine, "d", "t1", SAMPLED, tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n{"id": null, "prompt": "y"}\n')
+    with pytest.raises(BadInput, match=r"rows\.jsonl: row 2: its 'id' must be a text that is not empty, found None"):
+        answers.read_rows(tmp_path / "rows.jsonl")
     with pytest.raises(BadInput, match="at temperature 0 all are the same"):
         write_answers(ASKED, engine, "d", "t1", Decoding(), tmp_path, samples=2)
     with pytest.raises(BadInput, match="row z: needs a 'prompt' or 'messages'"):
@@ -112,6 +140,8 @@ def test_the_command_answers_a_file(model: Path, tmp_path: Path, capsys) -> None
     assert [line["parents"] for line in lines] == [[f"rows.jsonl:{k}"] for k in (1, 2, 3, 4)]
     assert {line["model"] for line in lines} == {tree_digest(model)}
     own = {line["template"] for line in lines}
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert (run["device"], run["dtype"]) == ("cpu", "float32")
     # The same again goes on, another template is another run.
     assert answers.main([str(tmp_path / "answers.yaml")]) == 0
     (tmp_path / "answers.yaml").write_text(yaml.safe_dump({**settings, "chat_template": "plain"}))

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from springhead.errors import BadInput
 from springhead.llm import decoders, packing, sft
-from springhead.llm.generation import Decoding, generate_ids
+from springhead.llm.generation import Decoding, answer_ids
 from springhead.llm.packing import Example
 from springhead.llm.sft import SftConfig
 from tests.llm.tiny import tiny_tokenizer
@@ -63,6 +63,10 @@ def uncached(model: PreTrainedModel, ids: tuple[int, ...], count: int) -> list[i
     return given[len(ids) :]
 
 
+def ids_of(model, prompts, decoding: Decoding) -> list[list[int]]:
+    return [given.ids for given in answer_ids(model, prompts, decoding, [0], 2)]
+
+
 @pytest.mark.parametrize("kind", PACKING)
 def test_packed_loss_and_ragged_decoding_are_the_models_own(kind: str) -> None:
     model, given = make(kind, PACKING[kind]), rows(5, 12, 9, 17)
@@ -75,7 +79,7 @@ def test_packed_loss_and_ragged_decoding_are_the_models_own(kind: str) -> None:
     prompts = [row.ids for row in given]
     with decoders.decoder_for(model, prompts, 2) as decoder:
         assert isinstance(decoder, decoders.Ragged)
-    assert generate_ids(model, prompts, Decoding(10, 4), 0, 2) == [uncached(model, ids, 10) for ids in prompts]
+    assert ids_of(model, prompts, Decoding(10, 4)) == [uncached(model, ids, 10) for ids in prompts]
 
 
 @pytest.mark.parametrize("kind", PADDED)
@@ -87,7 +91,7 @@ def test_other_attention_is_told_apart_trained_padded_and_decoded_by_the_library
     prompts = [row.ids for row in given]
     with decoders.decoder_for(model, prompts, 2) as decoder:
         assert isinstance(decoder, decoders.Library)
-    assert generate_ids(model, prompts, Decoding(8, 3), 0, 2) == [uncached(model, ids, 8) for ids in prompts]
+    assert ids_of(model, prompts, Decoding(8, 3)) == [uncached(model, ids, 8) for ids in prompts]
     with torch.no_grad():
         alone = sum(float(sft.loss_sum(model, packing.pad([row]))) for row in given)
     assert float(sft.loss_sum(model, packing.pad(given))) == pytest.approx(alone, rel=1e-4)

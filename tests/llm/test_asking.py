@@ -15,8 +15,9 @@ def test_a_gpu_answers_in_bfloat16(monkeypatch: pytest.MonkeyPatch, device: str,
     asked = []
     monkeypatch.setattr(students, "pick_device", torch.device)
     monkeypatch.setattr(students, "load", lambda *how: asked.append(how))
-    asking.load(Path("folder"), device)  # type: ignore[arg-type]
+    students.load_to_ask(Path("folder"), device)  # type: ignore[arg-type]
     assert asked == [(Path("folder"), device, dtype)]
+    assert students.numerics(device)["dtype"] in str(dtype)  # type: ignore[arg-type]
 
 
 def test_a_model_in_bfloat16_is_asked_and_its_gap_measured(tmp_path: Path) -> None:

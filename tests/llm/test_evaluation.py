@@ -10,12 +10,13 @@ from springhead import gates
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
-from springhead.llm import evaluation, generation, mend, problems, students
+from springhead.llm import evaluation, freerunning, generation, mend, problems, students
 from springhead.llm.bash import BashConfig
 from springhead.llm.rac import RacConfig
 from springhead.llm.sft import SftConfig
 from springhead.llm.tuned import candidates
-from springhead.stage import for_test
+from springhead.progress import Progress
+from springhead.stage import Stage, for_test
 from springhead.tables import read_table
 from stages.llm import evaluate, finetune
 from stages.llm.evaluate import Exam
@@ -115,15 +116,15 @@ def test_intervals_of_correction_redraw_whole_problems():
     problems_of = [f"p{i // 4}" for i in range(80)]
     before = [i % 4 < 2 for i in range(80)]
     after = [i % 4 < 3 for i in range(80)]
-    found = evaluation.correction_intervals(problems_of, before, after)
+    found = evaluation.correction_intervals(problems_of, before, after, 0)
     # All problems are alike, so drawing others changes nothing.
     assert found == {
         "plain": [0.5, 0.5], "corrected": [0.75, 0.75], "wrong_to_right": [0.5, 0.5], "right_to_wrong": [0.0, 0.0],
     }  # fmt: skip
-    mixed = evaluation.correction_intervals([f"p{i}" for i in range(80)], before, after)
+    mixed = evaluation.correction_intervals([f"p{i}" for i in range(80)], before, after, 0)
     low, high = mixed["wrong_to_right"]
     assert low < 0.5 < high
-    assert evaluation.correction_intervals(["a"], [True], [True])["wrong_to_right"] == [0.0, 0.0]
+    assert evaluation.correction_intervals(["a"], [True], [True], 0)["wrong_to_right"] == [0.0, 0.0]
 
 
 def test_intervals():
@@ -285,6 +286,32 @@ def test_a_killed_evaluation_does_not_ask_again(world: Path, tmp_path: Path, mon
     batches.clear()
     evaluate.run(stage)
     assert batches == []
+
+
+def test_every_interval_is_drawn_with_the_seed_of_the_stage_and_the_bar_gets_to_its_end(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for method in ("sft", "rac"):
+        tune(world, tmp_path / "finetune" / method / "0", method, 0)
+    inputs = {"students": world / "students", "filter": world / "filter", "finetune": tmp_path / "finetune"}
+    params = evaluate.Params("id", {"small-llama": Exam(0, True, 8, 5, "cpu", gap_rows=2)})
+    seeds, bars = [], []
+    bootstrap, ratio = evaluation.bootstrap, evaluation.bootstrap_ratio
+    for module in (evaluation, freerunning):
+        monkeypatch.setattr(module, "bootstrap", lambda values, seed: seeds.append(seed) or bootstrap(values, seed))
+    monkeypatch.setattr(evaluation, "bootstrap_ratio", lambda a, b, seed: seeds.append(seed) or ratio(a, b, seed))
+
+    class Bar(Progress):
+        def __exit__(self, *_: Any) -> None:
+            bars.append((self.done, self.total))
+
+    monkeypatch.setattr(Stage, "progress", lambda _, *how: Bar(*how))
+    stage = for_test(params, tmp_path / "out", inputs, {"student": "small-llama"}, 5, "llm", "evaluate")
+    evaluate.run(stage)
+    assert set(seeds) == {stage.seed} == {5}
+    evaluate.run(stage)  # all is in scratch
+    # Eighteen rows, three models, and one of them answers twice.
+    assert bars == [(72, 72), (72, 72)]
 
 
 def test_evaluate_stage_measures_the_gap_and_what_correction_changed(world: Path, tmp_path: Path):

@@ -162,3 +162,16 @@ def test_groups_are_kept_back_whole_and_alike_for_every_method(world: Path) -> N
     assert sorted(name.split("-")[0] for name in groups(kept, "rational")) == ["adversarial", "benign"]
     assert rational_finetune.keep_back(rows, bases, 0, 0) == (rows, [])
     assert any(rational_finetune.keep_back(rows, bases, 1, seed)[1] != kept for seed in range(1, 6))
+
+
+def test_a_group_of_two_kinds_is_kept_back_whole_and_may_come_on_top() -> None:
+    bases = [{"id": "a", "group": "1"}, {"id": "b", "group": "1"}, {"id": "c", "group": "2"}]
+    rows = [
+        {"kind": kind, "parents": [name]} for kind, name in (("adversarial", "a"), ("benign", "b"), ("benign", "c"))
+    ]
+    counts = set()
+    for seed in range(10):
+        _, kept = rational_finetune.keep_back(rows, bases, 1, seed)
+        assert [row["parents"] for row in kept][:2] == [["a"], ["b"]]
+        counts.add(len(kept))
+    assert counts == {2, 3}  # of each kind one group at least

@@ -4,7 +4,7 @@ import torch
 from springhead.errors import BadInput
 from springhead.llm import generation, sft
 from springhead.llm.decoders import decoder_for
-from springhead.llm.generation import Decoding, generate, generate_ids
+from springhead.llm.generation import Decoding, answer_ids, generate
 from springhead.llm.packing import encode_rows
 from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
 
@@ -37,7 +37,7 @@ def test_greedy_equals_the_uncached_model_whatever_the_batch(model, rows):
     assert len({len(x) for x in ids}) > 1
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     expected = [slow_greedy(model, x, 12, eos) for x in ids]
-    assert generate_ids(model, ids, Decoding(12, rows), eos, pad) == expected
+    assert [given.ids for given in answer_ids(model, ids, Decoding(12, rows), [eos], pad)] == expected
     assert len({tuple(x) for x in expected}) > 1
 
 

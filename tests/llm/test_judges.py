@@ -1,5 +1,6 @@
 """Coherence, usefulness, agreement of the two parts of an answer, and an LLM judge behind a real local server."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,33 @@ def test_opinions_are_kept_and_not_asked_for_again(server: Server, tmp_path: Pat
     assert len(server.asked) == 1
     assert remote.opinions(endpoint, pairs, tmp_path / "kept.jsonl") == found
     assert len(server.asked) == 1
+
+
+@pytest.mark.fault
+def test_a_slow_first_failure_loses_no_answer_that_came_before_or_beside_it(server: Server, tmp_path: Path) -> None:
+    endpoint = remote.Endpoint(server.url, "judge-1", retries=0, parallel=4)
+    pairs = [(f"Ask {n}?", "No.") for n in range(200)]
+    kept = tmp_path / "kept.jsonl"
+
+    def reply(body: Any) -> tuple[int, bytes]:
+        text = body["messages"][0]["content"]
+        if "Ask 0?" in text:
+            time.sleep(0.5)
+            return 500, b""
+        time.sleep(0.05)
+        return completion("C" if "Ask 2?" in text else "B")
+
+    server.answer = reply
+    with pytest.raises(BadInput, match="1 tries failed, the last with: status 500"):
+        remote.opinions(endpoint, pairs, kept)
+    first = len(server.asked)
+    assert len(kept.read_bytes().splitlines()) == first - 1  # all that was answered
+    assert 3 < first < len(pairs)  # and what was not asked yet no longer is
+    server.answer = lambda _: completion("A")
+    found = remote.opinions(endpoint, pairs, kept)
+    assert len(server.asked) == first + len(pairs) - (first - 1)
+    assert found[:3] == ["compliance", "refusal", "partial"]
+    assert found[-1] == "compliance"
 
 
 @pytest.mark.unit

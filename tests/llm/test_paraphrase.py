@@ -6,7 +6,7 @@ import pytest
 
 from springhead.errors import BadInput
 from springhead.llm import logic, mend, paraphrase, problems, textfilters, tokenizer
-from springhead.llm.families import reader
+from springhead.llm.families import own_words, reader
 from springhead.llm.problems import Problem, ProblemSpec
 
 pytestmark = pytest.mark.unit
@@ -35,7 +35,9 @@ def test_a_wording_has_the_same_names_and_numbers_and_is_read_back_as_the_same_f
             first, *others = paraphrase.wordings(text, base)
             assert first == text
             several += len(others) > 1
+            assert own_words(problem.family, first) == first
             for other in others:
+                assert own_words(problem.family, other) == first
                 changed = [*texts[:place], other, *texts[place + 1 :]]
                 assert module.solve(changed[:-1], changed[-1]) == problem.answer
                 assert module.signature(changed[:-1], changed[-1]) == module.signature(texts[:-1], texts[-1])

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from springhead.errors import BadInput
-from springhead.jsonio import read_json, write_jsonl
+from springhead.jsonio import read_json, write_json, write_jsonl
 from springhead.llm import answers, score
 from springhead.llm.generation import Answer, Decoding
 from springhead.llm.rouge import rouge
@@ -82,7 +82,65 @@ def test_a_model_is_answered_and_scored_by_command_with_its_gap(tmp_path: Path, 
     summary = read_json(tmp_path / "scores/summary.json")
     assert summary["free_running"]["rows"] == 2
     assert summary["cut"] == 1.0
+    assert (summary["device"], summary["dtype"]) == ("cpu", "float32")
+    run = read_json(tmp_path / "answers/run.json")
+    for change, message in (
+        ({"device": "cuda", "dtype": "bfloat16"}, "was answered in bfloat16 on cuda; set device to cuda"),
+        ({"template": "t2"}, "was answered with another; set chat_template to the one in the answers' settings"),
+    ):
+        write_json(tmp_path / "answers/run.json", run | change)
+        assert score.main([str(tmp_path / "score.yaml")]) == 2
+        assert message in capsys.readouterr().err
+    write_json(tmp_path / "answers/run.json", run)
+    write_jsonl(tmp_path / "rows.jsonl", [rows[0], {**rows[1], "references": ["Ana has 3 figs. " * 200]}, *rows[2:]])
+    assert score.main([str(tmp_path / "score.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "row rows.jsonl:2: " in said
+    assert "the model's context is 512; shorten the reference, or lower gap_rows" in said
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     other = save_tiny(tmp_path / "other", spread=0.5)
     (tmp_path / "score.yaml").write_text(yaml.safe_dump({**scored, "model": str(other)}))
     assert score.main([str(tmp_path / "score.yaml")]) == 2
     assert "not the model of" in capsys.readouterr().err
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+TALK = [turn("user", "Hi"), turn("assistant", "Yes?"), turn("user", "How many?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": TALK, "references": ["Five.", "5"]}, [*TALK, turn("assistant", "Five.")]),
+        ({"messages": [*TALK, turn("assistant", "Six.")], "references": ["5"]}, [*TALK, turn("assistant", "Six.")]),
+        ({"prompt": TALK, "references": ["Five."]}, [*TALK, turn("assistant", "Five.")]),
+        ({"prompt": [*TALK, turn("assistant", "Six.")], "references": ["5"]}, [*TALK, turn("assistant", "Six.")]),
+        ({"prompt": TALK, "completion": [turn("assistant", "Six.")]}, [*TALK, turn("assistant", "Six.")]),
+        (
+            {"prompt": "How?", "completion": "So.", "references": ["5"]},
+            [turn("user", "How?"), turn("assistant", "So.")],
+        ),
+        ({"prompt": "How?", "references": ["5"]}, [turn("user", "How?"), turn("assistant", "5")]),
+    ],
+)
+def test_the_gap_compares_with_the_answer_to_what_was_asked(row: dict[str, Any], expected: list[Any]) -> None:
+    assert score.with_reference({"id": "a", **row}) == {"id": "a", "messages": expected}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"messages": TALK, "references": []},
+        {"prompt": TALK, "answer": "5"},
+        {"prompt": TALK, "completion": TALK},
+        {"prompt": "How?"},
+    ],
+)
+def test_a_row_without_an_answer_has_no_gap(row: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="row a: the free-running gap needs an answer to compare with; give it"):
+        score.with_reference({"id": "a", **row})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from springhead.errors import BadInput
-from springhead.llm import logic, mend, problems, similarity, textfilters
+from springhead.llm import logic, mend, paraphrase, problems, similarity, textfilters
 from springhead.llm.problems import Problem, ProblemSpec
 from springhead.llm.textrows import Row, with_row_id
 
@@ -145,6 +145,23 @@ def test_overlapping_training_text_is_a_leak_from_the_threshold_on(found: list[P
     hit = _dropped(textfilters.leakage([*rows, planted], found, value - 0.01, 3))[planted["id"]]
     assert (hit.value, hit.replaced_by) == (pytest.approx(value), target.id)
     assert planted["id"] not in _dropped(textfilters.leakage([*rows, planted], found, value + 0.01, 3))
+
+
+def test_a_reworded_near_copy_is_a_leak_like_the_copy_itself(found: list[Problem], rows: list[Row]) -> None:
+    planted: list[Row] = []
+    for target in (p for p in found if p.split == "id" and p.family == "dag"):
+        number = next(word for word in target.statements[0].split() if word.isdigit())
+        twin = _planted(target, statements=(target.statements[0].replace(number, "98"), *target.statements[1:]))
+        planted += [mend.sft_row(twin), *paraphrase.rows(twin, 12, seed=0)]
+    assert len({row["prompt"] for row in planted}) > 100
+    decisions = {decision.id: decision for decision in textfilters.leakage([*rows, *planted], found, 0.5, 3)}
+    assert not any(decisions[row["id"]].kept for row in planted)
+    by_parent: dict[str, set[tuple[float, str | None]]] = {}
+    for row in planted:
+        decision = decisions[row["id"]]
+        by_parent.setdefault(row["parents"][0], set()).add((decision.value, decision.replaced_by))
+    assert all(len(verdicts) == 1 for verdicts in by_parent.values())  # the words make no difference
+    assert all(decisions[row["id"]].kept for row in rows)
 
 
 def test_a_near_duplicate_problem_loses_all_its_rows_and_variants_survive(

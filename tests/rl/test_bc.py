@@ -172,6 +172,8 @@ def test_multi_task_takes_limits_of_ones_own(tmp_path: Path) -> None:
     assert "asked_limits" not in config
     with pytest.raises(BadInput, match=r"bc-multi-task: limits are all 0.*name one above 0"):
         train("multi-task", spread(12), replace(SMALL, limits=(0.0,)), 0, tmp_path / "zero")
+    raw = replace(SMALL, limits=(0.0,), cost_input="raw")  # nothing is divided by the highest limit
+    assert train("multi-task", spread(12), raw, 0, tmp_path / "raw").config["asked_limits"] == [0.0]
 
 
 def test_multi_task_may_see_costs_as_they_are(tmp_path: Path) -> None:

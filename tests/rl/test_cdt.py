@@ -193,6 +193,7 @@ def test_a_grid_that_empties_everything_is_an_error_that_names_the_key() -> None
         ({"max_return_decrease": -1.0}, "max_return_decrease is -1.0; use at least 0"),
         ({"max_return": math.nan}, "max_return is nan; use a finite number"),
         ({"max_per_cell": 0}, "max_per_cell is 0; use at least 1"),
+        ({"max_per_cell": 1}, "max_per_cell is 1, below min_per_cell, 2; raise it"),
     ],
 )
 def test_settings_of_the_augmentation_out_of_range_are_named(change: dict[str, float], message: str) -> None:
@@ -641,9 +642,11 @@ def test_the_published_table_is_that_of_the_released_configurations(tmp_path: Pa
     published = read_json(cdt.PUBLISHED_TARGETS)
     assert set(published) == {name for name, of in TASKS.items() if of.data_file}  # the benchmark's 38
     assert all(len(pairs) == 3 and sorted(pairs) == pairs for pairs in published.values())
-    # rl_tasks.md, table B: the base class, whose third limit is not the benchmark's, and two with half steps.
+    # OSRL's cdt_configs.py: the base class, whose third limit is not the benchmark's, and a task with half steps.
     assert published["CarCircle"] == [[10, 450], [20, 500], [50, 550]]
     assert published["PointCircle1"] == [[20, 50], [40, 52.5], [80, 55]]
+    with pytest.raises(BadInput, match=r"expected dict, found 'publishd'.*is not one of 'published'"):
+        load(cdt.CDTSettings, {"return_targets": "publishd"}, "p")
     settings = load(cdt.CDTSettings, {"return_targets": "published", "steps": 1}, "p")
     assert settings.return_targets == "published"
     trained = run(tmp_path / "s", replace(SMALL, steps=1, return_targets="published"))

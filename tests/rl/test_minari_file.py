@@ -14,6 +14,7 @@ from springhead.errors import BadInput
 from springhead.rl import minari_file
 from springhead.rl.dataset import About, Dataset, iter_minari, read_minari, write_minari
 from springhead.rl.envs import env_name
+from springhead.rl.episodes import Episode
 from springhead.rl.tasks import task
 from tests.rl.test_dataset import make_episode
 
@@ -102,6 +103,27 @@ def test_minari_understands_what_it_says(root):
         env = data.recover_environment(eval_env=evaluation)
         assert env.observation_space == data.observation_space
         env.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "packages", "published"),
+    [
+        ("BallCircle", {"bullet-safety-gym", "pybullet"}, True),
+        ("MazeUMaze", {"gymnasium-robotics", "mujoco"}, False),
+        ("HopperSparse", {"safety-gymnasium", "mujoco"}, False),
+    ],
+)
+def test_it_names_the_simulator_and_published_data_where_there_are_such(name, packages, published, tmp_path):
+    of = task(name)
+    states, end = np.zeros((5, of.observation_dim), np.float32), np.arange(4) == 3
+    zeros, actions = np.zeros(4, np.float32), np.zeros((4, of.action_dim), np.float32)
+    one = Episode(states[:-1], states[1:], actions, zeros, zeros, end & False, end)
+    write_minari(tmp_path, "x/Y-v0", [one], of)
+    said = json.loads((tmp_path / "x/Y-v0/data/metadata.json").read_text())
+    assert {line.split("==")[0] for line in said["requirements"]} == {"springhead", *packages}
+    text = f"Episodes of {name} over a range of cost limits. infos['cost'] is the cost of every step"
+    scores = "; the reference scores are the lowest and the highest return of the published DSRL data set of the task"
+    assert said["description"] == f"{text}{scores if published else ''}."
 
 
 def test_it_can_be_read_back_and_appended_to(root, episodes):

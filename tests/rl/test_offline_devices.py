@@ -66,6 +66,8 @@ def test_less_precise_products_train(name: str, precision: str, tmp_path: Path) 
         assert trained.config.get("precision", "float32") == which
         curves.append(list(trained.history[-1].values()))
     assert curves[1] == pytest.approx(curves[0], rel=0.2, abs=0.2)
+    if precision == "bfloat16":
+        assert curves[1] != curves[0]  # else the precision was not heeded
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - set(ON_CPUS_OTHERWISE)))

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from springhead import evidence
+from springhead.errors import BadInput
+from springhead.evidence import Sources
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import tree_digest
 from springhead.rl.dataset import write_dsrl
@@ -16,6 +19,7 @@ from springhead.rl.policy import load_policy
 from springhead.stage import for_test
 from stages.rl import evaluate, train
 from tests.rl.offline_data import BALL, spread
+from tests.rl.test_policy import expert_model
 
 pytestmark = pytest.mark.unit
 
@@ -74,6 +78,57 @@ def test_cdt_is_asked_for_its_own_limits_and_the_leaderboard_says_which_checkpoi
     assert sorted(read_json(judged.out / "summary.json")["models"][0]["limits"]) == ["15", "20", "30", "40"]
     with (judged.out / "leaderboard.csv").open(encoding="utf-8") as file:
         assert {row["checkpoint"] for row in csv.DictReader(file)} == {"last"}  # no policies were kept on the way
+
+
+def evaluated(data: Path, folder: Path, **limits: list[float]) -> tuple[dict[str, Any], Sources]:
+    """The summary of cdt and bc-safe trained for limits of their own, and where gates that ask for the middle read."""
+    inputs = {"filter": data, "validate": data.parent / "verdict.json", "experts": folder / "experts"}
+    costs = {"dear": 35.0, "cheap": 12.0}
+    for name in costs:
+        expert_model(inputs["experts"] / name)
+    index = [{"name": f"{name}/model", "episode_return": cost, "cost_return": cost} for name, cost in costs.items()]
+    write_json(inputs["experts"] / "index.json", index)
+    for algorithm, own in limits.items():
+        block = entry(name := algorithm.replace("_", "-")).block
+        chosen = train.Params({block: {**params(name).algorithms[block], "limits": own, "policies": 0}})
+        item = {"task": "BallCircle", "algorithm": name, "seed": "0"}
+        train.run(for_test(chosen, folder / "train" / name / "0", inputs, item))
+    asked = evaluate.Params(episodes=1, num_envs=1, processes=1, selection_episodes=0)
+    judged = for_test(asked, folder / "evaluate", {**inputs, "train": folder / "train"}, {"task": "BallCircle"})
+    evaluate.run(judged)
+    return read_json(judged.out / "summary.json"), Sources("", "summary.json", "", None, "middle")
+
+
+def reference_limits(summary: dict[str, Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for one in summary["references"]:
+        found.setdefault(one["algorithm"], []).extend(one["limits"])
+    return {name: sorted(limits, key=float) for name, limits in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("limits", "measured", "middle"),
+    [
+        ({"cdt": [15, 30]}, ["15", "20", "30", "40"], "30"),
+        ({"cdt": [15, 30], "bc_safe": [12, 14]}, ["12", "14", "15", "20", "30", "40"], "40"),
+        ({"cdt": [], "bc_safe": []}, ["10", "20", "40"], "20"),
+    ],
+)
+def test_gates_find_every_reference_at_the_limit_by_which_they_choose(
+    limits: dict[str, list[float]], measured: list[str], middle: str, data: Path, tmp_path: Path
+) -> None:
+    summary, sources = evaluated(data, tmp_path, **limits)
+    assert reference_limits(summary) == dict.fromkeys(evaluate.REFERENCES, measured)
+    assert evidence._limit(summary, sources) == middle
+    assert all(middle in model["limits"] for model in summary["models"])
+
+
+def test_models_without_a_limit_in_common_are_named(data: Path, tmp_path: Path) -> None:
+    summary, sources = evaluated(data, tmp_path, cdt=[15, 30], bc_safe=[50, 60])
+    assert reference_limits(summary)["random"] == ["15", "20", "30", "40", "50", "60"]
+    message = r"summary\.json: no cost limit .*\(bc-safe: 50, 60; cdt: 15, 20, 30, 40\); .*`limits` in rl\.train"
+    with pytest.raises(BadInput, match=message):
+        evidence._limit(summary, sources)
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,23 @@ def test_a_precision_holds_within_an_update_only() -> None:
     with training.arithmetic("tf32"):
         assert products.fp32_precision == "tf32"
     assert products.fp32_precision == before
-    assert not torch.is_autocast_enabled("cuda")
+    with pytest.raises(RuntimeError, match="in an update"), training.arithmetic("tf32"):
+        raise RuntimeError("in an update")
+    assert products.fp32_precision == before
+
+
+def test_products_are_in_bfloat16_and_no_cast_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def autocast(*arguments: Any, **more: Any) -> AbstractContextManager[None]:
+        asked.append((arguments, more))
+        return nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    for precision in ("float32", "tf32", "bfloat16"):
+        with training.arithmetic(precision):
+            assert len(asked) == (precision == "bfloat16")
+    assert asked == [(("cuda", torch.bfloat16), {"cache_enabled": False})]
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Sparse locomotion: what is paid, in data and by the environment alike."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 
-from springhead.rl import conduct, envs
+from springhead.rl import conduct, envs, task_table
 from springhead.rl.envs import run_episodes
 from springhead.rl.episodes import Episode
 from springhead.rl.evaluation import RandomPolicy
@@ -61,3 +63,15 @@ def test_the_environment_pays_as_the_data_do(hopper):
 def test_the_task_keeps_its_word(hopper):
     seen = conduct.check(hopper.name, steps=60, other_process=False)
     assert seen.episode_cost == 0
+
+
+def test_the_page_shows_the_catalogue():
+    page = (Path(__file__).parents[2] / "docs/methods/mazes.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+Sparse)` \| (.*?) \| \d+ \| [\d,]+ \| \d+ % \|", page, re.MULTILINE)
+    wanted = []
+    for of in (known for known in TASKS.values() if known.family == "sparse"):
+        (line,) = (line for line in task_table.markdown_lines("sparse") if line.startswith(f"| `{of.name}` |"))
+        cells = line.split(" | ")[1:8]  # from the length of an observation to the limits
+        wanted.append((of.name, " | ".join([f"{of.options['threshold']}", *cells])))
+    assert shown == wanted
+    assert len(shown) == 2

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
@@ -131,18 +132,28 @@ def opinions(endpoint: Endpoint, pairs: Sequence[tuple[str, str]], kept: Path) -
         kept: a file to which every opinion is added as it comes; those that it holds already are not asked for again.
 
     Raises:
-        BadInput: see `opinion`; what was said until then is kept.
+        BadInput: see `opinion`; nothing more is asked then, and what was said, or is being said, is kept.
     """
     names = [json_digest([endpoint.url, endpoint.model, prompt, response]) for prompt, response in pairs]
     known = _kept(kept)
     open_ = {name: pair for name, pair in zip(names, pairs, strict=True) if name not in known}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("ab") as file, ThreadPoolExecutor(endpoint.parallel) as pool:
-        found = pool.map(lambda pair: opinion(endpoint, *pair), open_.values())
-        for name, said in zip(open_, found, strict=True):
+    lock = threading.Lock()
+
+    def ask(name: str, pair: tuple[str, str]) -> None:
+        said = opinion(endpoint, *pair)
+        with lock:  # written here, so that neither a slow request nor a failure beside it loses an answer
             known[name] = said
             file.write(canonical([name, said]) + b"\n")
             file.flush()
+
+    with kept.open("ab") as file, ThreadPoolExecutor(endpoint.parallel) as pool:
+        asked = [pool.submit(ask, name, pair) for name, pair in open_.items()]
+        try:
+            for done in as_completed(asked):
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # waits for the requests under way
     return [known[name] for name in names]
 
 

@@ -112,7 +112,7 @@ class BC:
         self.cost_scale: float | None = None
         if self.mode == "multi-task":
             limits = settings.limits or task.limits
-            if not max(limits):
+            if settings.cost_input == "scaled" and not max(limits):
                 raise BadInput(f"{name}: limits are all 0, and costs are scaled by the highest; name one above 0")
             check_constraint(name, data, task, limits)
             self.cost_scale = max(limits) if settings.cost_input == "scaled" else 1.0

@@ -16,7 +16,7 @@ import torch
 
 from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.rl.lagrangian import q_threshold
-from springhead.rl.offline.batches import Batch
+from springhead.rl.offline.batches import Batch, going_on
 from springhead.rl.offline.contract import Member, Settings
 from springhead.rl.offline.stacked import MLP, Values, pair
 from springhead.rl.tasks import Task
@@ -73,8 +73,8 @@ def thresholds(members: Sequence[Member], task: Task, settings: CandidateSetting
 def goes_on(batch: Batch, settings: CandidateSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """1 where rewards, and where costs, go on after a transition, and 0 where they end: (members, batch) each."""
     over = batch.terminals
-    rewards = 1 - ((over + batch.timeouts).clamp(max=1) if settings.timeouts == "terminal" else over)
-    return rewards, torch.ones_like(over) if settings.cost_terminals == "ignored" else 1 - over
+    costs = torch.ones_like(over) if settings.cost_terminals == "ignored" else 1 - over
+    return going_on(batch, settings.timeouts), costs
 
 
 def each_with(observations: torch.Tensor, samples: int) -> torch.Tensor:

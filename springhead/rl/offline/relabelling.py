@@ -60,6 +60,10 @@ class Augmentation:
         above_zero(self, "distance_offset")
         at_least(0, self, "degree", "min_per_cell", "min_return")
         at_least(1, self, "cost_bins", "return_bins", "max_per_cell")
+        if self.max_per_cell < self.min_per_cell:
+            raise OutOfRange(
+                f"max_per_cell is {self.max_per_cell}, below min_per_cell, {self.min_per_cell}; raise it or lower that"
+            )
         if self.max_return_decrease is not None:
             at_least(0, self, "max_return_decrease")
         for name in ("min_return", "max_return"):
@@ -150,7 +154,11 @@ def safe_answers(
 def evened_out(
     returns: Floats, costs: Floats, settings: Augmentation, rng: np.random.Generator
 ) -> npt.NDArray[np.intp]:
-    """Positions of the episodes that the grid keeps; the released one's in the order of its cells."""
+    """Positions of the episodes that the grid keeps; the released one's in the order of its cells.
+
+    The released code keeps a cell that it thins, whatever ``min_per_cell``; the same, since that is at most
+    ``max_per_cell``.
+    """
     grid = Density(settings.cost_bins, settings.return_bins, settings.max_per_cell, settings.min_per_cell)
     if settings.grid == "clamped":
         return density(returns, costs, grid, rng)[1].survivors()

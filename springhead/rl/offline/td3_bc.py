@@ -7,7 +7,7 @@ terms on one scale (equation 4). Observations are normalised by the data's mean 
 An offline method without a constraint: it sees no costs. Here it is a baseline for CDE.
 
 Deviations:
-  1. An episode cut by its horizon is bootstrapped through, as in the authors' code (``timeouts``).
+  1. An episode cut by its horizon is bootstrapped through (``timeouts``). The authors' loader leaves its last step out.
   2. ``reward_scale`` multiplies rewards (1: as they are); the weight w makes the actor indifferent to it.
   3. A constant component of the observations is left as large as it is; the authors add 1e-3 to each deviation.
 """

@@ -388,9 +388,9 @@ class Transformer(nn.Module):
         self, inputs: torch.Tensor, times: torch.Tensor, drop: Dropout | None, weights: Prepared
     ) -> torch.Tensor:
         """Tokens (members, batch, steps, 4, width), all four kinds by one product with a block-diagonal matrix."""
-        width, last = self.shape.width, self.shape.time_steps - 1
-        first = torch.arange(len(inputs), device=times.device)[:, None, None] * (last + 1)
-        moments = F.embedding(times.clamp(max=last) + first, weights.time)
+        width = self.shape.width
+        first = torch.arange(len(inputs), device=times.device)[:, None, None] * self.shape.time_steps
+        moments = F.embedding(times + first, weights.time)
         embedded = weights.embed(_rows(inputs)).view(*times.shape, TOKENS, width) + moments.unsqueeze(-2)
         tokens = torch.addcmul(weights.shift, F.layer_norm(embedded, (width,)), weights.factor)
         return tokens if drop is None else tokens * drop.kept(tokens.shape)

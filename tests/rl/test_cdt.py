@@ -645,8 +645,8 @@ def test_the_published_table_is_that_of_the_released_configurations(tmp_path: Pa
     # OSRL's cdt_configs.py: the base class, whose third limit is not the benchmark's, and a task with half steps.
     assert published["CarCircle"] == [[10, 450], [20, 500], [50, 550]]
     assert published["PointCircle1"] == [[20, 50], [40, 52.5], [80, 55]]
-    with pytest.raises(BadInput, match=r"expected dict, found 'publishd'.*is not one of 'published'"):
-        load(cdt.CDTSettings, {"return_targets": "publishd"}, "p")
+    with pytest.raises(BadInput, match=r"expected dict, found 'public'.*is not one of 'published'"):
+        load(cdt.CDTSettings, {"return_targets": "public"}, "p")
     settings = load(cdt.CDTSettings, {"return_targets": "published", "steps": 1}, "p")
     assert settings.return_targets == "published"
     trained = run(tmp_path / "s", replace(SMALL, steps=1, return_targets="published"))

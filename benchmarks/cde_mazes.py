@@ -114,8 +114,8 @@ within the seeds' spread; with 12 episodes one of CDE's three seeds and two of O
 CQL hold. BC is behind, and TD3+BC, which maximises a value of rewards this rare, fails. The hopper's data were paid
 above the 75th percentile too, but its experts' returns spread from 329 to 3,277: only CQL imitates the few good
 episodes at times, and no other method, CDE included, passes the threshold in a tenth of its episodes on average. The
-paper's claim is about these tasks as well; it does not show here at 6,000 steps of 256 with networks of 64. The cheetah's episodes were judged
-at a threshold of 4485.09, .004 below the one its data were paid at.
+paper's claim is about these tasks as well; it does not show here at 6,000 steps of 256 with networks of 64.
+The cheetah's episodes were judged at a threshold of 4485.09, .004 below the one its data were paid at.
 """
 
 

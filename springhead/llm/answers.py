@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from springhead.errors import BadInput, SpringheadError
+from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import canonical, read_json, read_jsonl, write_json_atomic
 from springhead.lineage.digests import json_digest, tree_digest
 from springhead.llm import chat, generation, students
@@ -270,12 +270,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    try:
-        print(run(load(Settings, read_params(arguments[0]), arguments[0])))
-    except SpringheadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: print(run(load(Settings, read_params(arguments[0]), arguments[0]))))
 
 
 if __name__ == "__main__":

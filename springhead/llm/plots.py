@@ -22,6 +22,15 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def _finish(axis: Any, title: str, legend: str) -> None:
+    """What the plots of accuracies share."""
+    axis.set_ylim(0, 1.05)
+    axis.set_ylabel("accuracy")
+    axis.set_title(title)
+    axis.legend(frameon=False, loc=legend)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def accuracy_by_order(path: Path, table: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Bars of accuracy per statement order and method, whiskers one standard deviation over seeds; lines mark the
     worst case over the order variants.
@@ -45,12 +54,8 @@ def accuracy_by_order(path: Path, table: Mapping[str, Mapping[str, Any]], title:
         axis.text(len(orders) - 0.45, worst, f"{method} worst case {worst:.2f}", color=colour, va="bottom", fontsize=8)
     axis.set_xticks(range(len(orders)), orders)
     axis.set_xlim(-0.6, len(orders) + 0.35)
-    axis.set_ylim(0, 1.05)
     axis.set_xlabel("order of the statements")
-    axis.set_ylabel("accuracy")
-    axis.set_title(title)
-    axis.legend(frameon=False, loc="upper right")
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis, title, "upper right")
     _save(figure, path)
 
 
@@ -70,12 +75,8 @@ def accuracy_by_tau(path: Path, table: Mapping[str, Mapping[str, Any]], title: s
         axis.errorbar(at, means, stds, color=COLOURS.get(method, "#555555"), marker="o", capsize=3, label=method)
     axis.set_xticks(range(len(TAU_BINS)), TAU_BINS)
     axis.set_xlim(-0.4, len(TAU_BINS) - 0.6)
-    axis.set_ylim(0, 1.05)
     axis.set_xlabel("Kendall's tau between the order of the statements and solving order")
-    axis.set_ylabel("accuracy")
-    axis.set_title(title)
-    axis.legend(frameon=False, loc="upper left")
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis, title, "upper left")
     _save(figure, path)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from springhead.errors import BadInput, SpringheadError
+from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import json_digest, tree_digest
 from springhead.llm import chat, freerunning, generation, rouge, students
@@ -199,14 +199,13 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    try:
+
+    def command() -> None:
         summary = score(load(Settings, read_params(arguments[0]), arguments[0]))
         for name, found in summary["scores"].items():
             print(f"{name} {found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f}, {found['rows']} rows)")
-    except SpringheadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code_of(command)
 
 
 if __name__ == "__main__":

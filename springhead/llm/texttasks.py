@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from springhead.errors import BadInput, SpringheadError
+from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import read_jsonl, write_jsonl
 from springhead.lineage.digests import json_digest
 from springhead.llm import chat
@@ -158,27 +158,26 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--instruction", default="Summarise:", help="what a prompt says before the text")
     parser.add_argument("--skip", type=int, default=0, help="leave out so many prompts, from the first on")
     parser.add_argument("--take", type=int, default=0, help="at most so many prompts; 0 for all")
-    asked = parser.parse_args(arguments)
-    try:
-        if min(asked.skip, asked.take) < 0:
-            raise BadInput("--skip and --take must not be negative")
-        if (asked.task in OWN) != (asked.source is not None):
-            raise BadInput(f"--source is for {' and '.join(OWN)}, and they need it")
-        if asked.task in PUBLIC:
-            rows = task_rows(asked.task, asked.skip, asked.take)
-        else:
-            summaries = asked.task == "summaries"
-            how = (asked.document, asked.summary, asked.instruction)
-            rows = summary_rows(asked.source, *how) if summaries else dialogue_rows(asked.source)
-            rows = rows[asked.skip : asked.skip + asked.take if asked.take else None]
-        if not rows:
-            raise BadInput(f"{asked.task}: no rows left; lower --skip")
-        write_jsonl(asked.out, rows)
-        print(f"{asked.out}: {len(rows)} rows")
-    except SpringheadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: _write(parser.parse_args(arguments)))
+
+
+def _write(asked: argparse.Namespace) -> None:
+    """Writes the rows that the command line asked for."""
+    if min(asked.skip, asked.take) < 0:
+        raise BadInput("--skip and --take must not be negative")
+    if (asked.task in OWN) != (asked.source is not None):
+        raise BadInput(f"--source is for {' and '.join(OWN)}, and they need it")
+    if asked.task in PUBLIC:
+        rows = task_rows(asked.task, asked.skip, asked.take)
+    else:
+        summaries = asked.task == "summaries"
+        how = (asked.document, asked.summary, asked.instruction)
+        rows = summary_rows(asked.source, *how) if summaries else dialogue_rows(asked.source)
+        rows = rows[asked.skip : asked.skip + asked.take if asked.take else None]
+    if not rows:
+        raise BadInput(f"{asked.task}: no rows left; lower --skip")
+    write_jsonl(asked.out, rows)
+    print(f"{asked.out}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from springhead.bounds import above_zero, at_least, fraction
-from springhead.errors import BadInput, SpringheadError
+from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import write_json, write_jsonl
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.llm import bash, chat, generation, parallel, rac, sft, students
@@ -196,15 +196,14 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    try:
+
+    def command() -> None:
         where = arguments[0]
         settings = load(Settings, with_overrides(read_params(where), arguments[1:]), where)
         with parallel.joined(students.pick_device(settings.device)) as (world, device):
             tune(settings, world, device)
-    except SpringheadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code_of(command)
 
 
 if __name__ == "__main__":

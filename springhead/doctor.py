@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from springhead.lineage.ledger import Ledger
 GOOD, WARNING, RED = "good", "warning", "red"
 _LEAST_DISK = 2e9  # bytes; the quick profile writes well under 1 GB
 _PYTHON = (3, 11)
+_DVC_TEMPORARY = re.compile(r"\.[\w-]{22}\.tmp", re.ASCII)
+"""The name under which DVC copies a file before it renames it."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def run_cache(root: Path) -> Iterator[Symptom]:
 
 
 def leftovers(root: Path) -> Iterator[Symptom]:
-    """No temporary outputs of killed stages lie about."""
+    """No temporary outputs of killed stages, nor halves of files that DVC was restoring, lie about."""
     for path in sorted((root / "data").glob("**/.*.tmp-*")):
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and _alive(int(pid)):
@@ -213,6 +216,19 @@ def leftovers(root: Path) -> Iterator[Symptom]:
 
         where = path.relative_to(root).as_posix()
         yield Symptom("leftovers", WARNING, f"{where} was left by a killed stage", "`springhead doctor --fix`", remove)
+    halves = [path for path in sorted((root / "data").glob("**/.*.tmp")) if _DVC_TEMPORARY.fullmatch(path.name)]
+    if halves and not _dvc_processes(root):
+
+        def sweep() -> None:
+            for path in halves:
+                path.unlink(missing_ok=True)
+
+        where = halves[0].relative_to(root).as_posix()
+        what = (
+            f"{len(halves)} files that a killed dvc was restoring, {where} the first; what they belong to is not whole"
+        )
+        do = "`springhead doctor --fix` removes them, `dvc repro` or `dvc checkout` restores the rest"
+        yield Symptom("leftovers", WARNING, what, do, sweep)
 
 
 def ledger(root: Path) -> Iterator[Symptom]:

@@ -124,6 +124,19 @@ def test_what_a_killed_stage_left_is_named_and_removed(root: Path) -> None:
 
 
 @pytest.mark.fault
+def test_what_a_dvc_killed_while_restoring_left_is_named_and_removed(root: Path) -> None:
+    half = root / "data/rl/collect/.Q3fRLfFXm_9hPRbYy-hqZA.tmp"
+    hidden = root / "data/rl/collect/.notes.tmp"  # somebody's own
+    for path in (half, hidden):
+        path.write_bytes(b"1")
+    (symptom,) = symptoms(root, "leftovers")
+    assert half.name in symptom.what
+    assert symptom.mend is not None
+    symptom.mend()
+    assert (half.exists(), hidden.exists()) == (False, True)
+
+
+@pytest.mark.fault
 def test_a_broken_ledger_is_red(root: Path) -> None:
     path = root / ".springhead/ledger.jsonl"
     path.write_bytes(path.read_bytes().replace(b"12.5", b"13.5", 1))

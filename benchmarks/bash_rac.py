@@ -34,6 +34,7 @@ from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import json_digest, tree_digest
 from springhead.llm import bash, freerunning, generation, mend, problems, rac, rouge, sft, students, texttasks
 from springhead.llm.packing import encode_rows
+from springhead.llm.textrows import with_row_id
 from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, SMALL_TEMPLATE, UNKNOWN
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +142,7 @@ def arithmetic_first(part: str) -> Task:
 def answer_first(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row whose completion states the answer before the steps that derive it."""
     steps, _, answer = row["completion"].rpartition(f" {mend.ANSWER_CUE} ")
-    return {**row, "completion": f"{mend.ANSWER_CUE} {answer}. {steps}"}
+    return with_row_id({**row, "completion": f"{mend.ANSWER_CUE} {answer}. {steps}"})
 
 
 def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

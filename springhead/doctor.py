@@ -217,18 +217,20 @@ def leftovers(root: Path) -> Iterator[Symptom]:
         where = path.relative_to(root).as_posix()
         yield Symptom("leftovers", WARNING, f"{where} was left by a killed stage", "`springhead doctor --fix`", remove)
     halves = [path for path in sorted((root / "data").glob("**/.*.tmp")) if _DVC_TEMPORARY.fullmatch(path.name)]
-    if halves and not _dvc_processes(root):
-
-        def sweep() -> None:
-            for path in halves:
-                path.unlink(missing_ok=True)
-
+    if halves:
+        running = _dvc_processes(root)
+        first = f"wait for the dvc commands that run ({', '.join(running)}), then " if running else ""
         where = halves[0].relative_to(root).as_posix()
-        what = (
-            f"{len(halves)} files that a killed dvc was restoring, {where} the first; what they belong to is not whole"
-        )
-        do = "`springhead doctor --fix` removes them, `dvc repro` or `dvc checkout` restores the rest"
-        yield Symptom("leftovers", WARNING, what, do, sweep)
+        what = f"files that dvc was copying when it was killed: {where}{' and others' if halves[1:] else ''}"
+        do = f"{first}`springhead doctor --fix` removes them, and `dvc repro` restores what is missing"
+        yield Symptom("leftovers", WARNING, what, do, None if running else functools.partial(_sweep, root, halves))
+
+
+def _sweep(root: Path, halves: list[Path]) -> None:
+    """Removes what DVC was copying, unless it has begun to copy once more."""
+    if not _dvc_processes(root):
+        for path in halves:
+            path.unlink(missing_ok=True)
 
 
 def ledger(root: Path) -> Iterator[Symptom]:

@@ -124,7 +124,9 @@ def test_what_a_killed_stage_left_is_named_and_removed(root: Path) -> None:
 
 
 @pytest.mark.fault
-def test_what_a_dvc_killed_while_restoring_left_is_named_and_removed(root: Path) -> None:
+def test_what_a_dvc_killed_while_restoring_left_is_named_and_removed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     half = root / "data/rl/collect/.Q3fRLfFXm_9hPRbYy-hqZA.tmp"
     hidden = root / "data/rl/collect/.notes.tmp"  # somebody's own
     for path in (half, hidden):
@@ -132,6 +134,13 @@ def test_what_a_dvc_killed_while_restoring_left_is_named_and_removed(root: Path)
     (symptom,) = symptoms(root, "leftovers")
     assert half.name in symptom.what
     assert symptom.mend is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "_dvc_processes", lambda root: ["17"])
+        symptom.mend()  # DVC has begun once more
+        assert half.exists()
+        (busy,) = symptoms(root, "leftovers")
+        assert busy.mend is None
+        assert "(17)" in busy.do
     symptom.mend()
     assert (half.exists(), hidden.exists()) == (False, True)
 

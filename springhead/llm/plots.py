@@ -1,5 +1,6 @@
 """Figures of the language branch; the same numbers always give the same bytes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def accuracy_by_tau(path: Path, table: Mapping[str, Mapping[str, Any]], title: s
     """
     figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for method, cell in table.items():
-        at = [i for i, name in enumerate(TAU_BINS) if name in cell["tau"]]
-        cells = [cell["tau"][TAU_BINS[i]] for i in at]
-        means, stds = [c["mean"] for c in cells], [c["std"] for c in cells]
-        axis.errorbar(at, means, stds, color=COLOURS.get(method, "#555555"), marker="o", capsize=3, label=method)
+        # Not a number where a bin is empty: no line is drawn across it.
+        means, stds = ([cell["tau"].get(name, {}).get(key, math.nan) for name in TAU_BINS] for key in ("mean", "std"))
+        colour = COLOURS.get(method, "#555555")
+        axis.errorbar(range(len(TAU_BINS)), means, stds, color=colour, marker="o", capsize=3, label=method)
     axis.set_xticks(range(len(TAU_BINS)), TAU_BINS)
     axis.set_xlim(-0.4, len(TAU_BINS) - 0.6)
     axis.set_xlabel("Kendall's tau between the order of the statements and solving order")

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from springhead import gates
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, read_jsonl, write_jsonl
 from springhead.lineage.digests import tree_digest
-from springhead.llm import evaluation, freerunning, generation, mend, problems, students
+from springhead.llm import evaluation, freerunning, generation, mend, plots, problems, students
 from springhead.llm.bash import BashConfig
 from springhead.llm.rac import RacConfig
 from springhead.llm.sft import SftConfig
@@ -362,3 +363,15 @@ def test_evaluate_refuses_what_it_cannot_examine(world: Path, tmp_path: Path):
     other = for_test(params, tmp_path / "other", inputs, {"student": "smollm2"}, 0, "llm", "evaluate")
     with pytest.raises(BadInput, match=r"llm\.evaluate\.students: no settings for 'smollm2'"):
         evaluate.run(other)
+
+
+def test_no_line_is_drawn_across_an_empty_bin(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    first, *_, last = evaluation.TAU_BINS
+    plots.accuracy_by_tau(
+        tmp_path / "a.png", {"sft": {"tau": {n: {"mean": 0.5, "std": 0.1} for n in (first, last)}}}, ""
+    )
+    (line, *_) = figures[0].axes[0].lines
+    heights = [float(value) for value in line.get_ydata()]
+    assert [not math.isnan(height) for height in heights] == [name in (first, last) for name in evaluation.TAU_BINS]

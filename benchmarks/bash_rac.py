@@ -35,7 +35,7 @@ from springhead.lineage.digests import json_digest, tree_digest
 from springhead.llm import bash, freerunning, generation, mend, problems, rac, rouge, sft, students, texttasks
 from springhead.llm.packing import encode_rows
 from springhead.llm.textrows import with_row_id
-from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, SMALL_TEMPLATE, UNKNOWN
+from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, UNKNOWN, as_small_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results/bash-rac"
@@ -155,12 +155,7 @@ def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     ids = {word: number for number, word in enumerate([PAD, EOS, UNKNOWN, SEPARATOR, *words])}
     backend = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNKNOWN))
     backend.pre_tokenizer = split
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
-        additional_special_tokens=[SEPARATOR], model_max_length=1024, padding_side="left",
-    )  # fmt: skip
-    tokenizer.chat_template = SMALL_TEMPLATE
-    return tokenizer
+    return as_small_tokenizer(backend)
 
 
 @cache

@@ -41,7 +41,7 @@ from springhead.lineage.digests import json_digest, tree_digest
 from springhead.llm import generation, mutators, rational, rationale, safety_eval, sft, students
 from springhead.llm.judges import refusal
 from springhead.llm.packing import encode_rows
-from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, SMALL_TEMPLATE, UNKNOWN
+from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, UNKNOWN, as_small_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results/rational-small"
@@ -201,12 +201,7 @@ def tokenizer_of(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
-        additional_special_tokens=[SEPARATOR], model_max_length=1024, padding_side="left",
-    )  # fmt: skip
-    tokenizer.chat_template = SMALL_TEMPLATE
-    return tokenizer
+    return as_small_tokenizer(backend)
 
 
 def base_folder(setting: Setting) -> Path:
@@ -403,19 +398,22 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("--part", choices=["dev", "test"], default="test")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=SETTING.sft.steps)
-    parser.add_argument("--train", type=int, default=SETTING.train)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=["dev", "test"], default="test", help="whose requests are asked")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the order of the rows")
+    parser.add_argument("--steps", type=int, default=SETTING.sft.steps, help="of Rational and of the same budget")
+    parser.add_argument("--train", type=int, default=SETTING.train, help="requests of each kind to train on")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     chosen = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if chosen.what == "table":
-        table(chosen.out)
-        return
     setting = replace(SETTING, train=chosen.train, sft=replace(SETTING.sft, steps=chosen.steps))
-    run(chosen.part, chosen.methods, chosen.seeds, chosen.out, setting)
+    try:
+        if chosen.what == "table":
+            table(chosen.out)
+        else:
+            run(chosen.part, chosen.methods, chosen.seeds, chosen.out, setting)
+    except BadInput as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
 
 
 if __name__ == "__main__":

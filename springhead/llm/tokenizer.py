@@ -72,6 +72,13 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     )
     # Joins with spaces and pulls full stops and question marks to the word before.
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return as_small_tokenizer(backend)
+
+
+def as_small_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of the small Llama as the library knows it: its special tokens, which `backend` must have, and
+    `SMALL_TEMPLATE`.
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -21,6 +21,8 @@ from springhead.lineage.ledger import Ledger
 GOOD, WARNING, RED = "good", "warning", "red"
 _LEAST_DISK = 2e9  # bytes; the quick profile writes well under 1 GB
 _PYTHON = (3, 11)
+_OPTIONAL_LOCKS = ("drive.lock", "peers.lock", "trl.lock")
+"""What `make drive`, `make peers` and `make trl` install beyond or beside the environment of `make install`."""
 _DVC_TEMPORARY = re.compile(r"\.[\w-]{22}\.tmp", re.ASCII)
 """The name under which DVC copies a file before it renames it."""
 
@@ -70,7 +72,7 @@ def python(root: Path) -> Iterator[Symptom]:
 
 def packages(root: Path) -> Iterator[Symptom]:
     """The installed packages are those of the lock files."""
-    locks = sorted((root / "locks").glob("*.lock"))
+    locks = [lock for lock in sorted((root / "locks").glob("*.lock")) if lock.name not in _OPTIONAL_LOCKS]
     if not locks:
         yield Symptom("packages", WARNING, "locks/: no lock files", "restore them with `git checkout locks`")
         return

@@ -28,6 +28,15 @@ def test_a_sound_checkout_has_no_red_symptom(root: Path) -> None:
     assert {"python", "dvc", "dvc.lock", "ledger", "mlflow", "disk"} <= {s.check for s in found if s.severity == GOOD}
 
 
+@pytest.mark.parametrize("name", ["drive", "peers", "trl"])
+def test_what_is_optional_or_installed_elsewhere_is_not_missed(root: Path, name: str) -> None:
+    (root / f"locks/{name}.lock").write_text("surely-not-installed==1.0\n")
+    (symptom,) = symptoms(root, "packages")
+    assert symptom.severity == GOOD
+    assert name not in symptom.what
+    assert (Path(__file__).parent.parent / f"locks/{name}.lock").exists()
+
+
 def test_a_package_of_another_version_is_named(root: Path) -> None:
     (root / "locks/rl.lock").write_text("numpy==0.0.1\nno-such-package==1.0\n")
     (symptom,) = symptoms(root, "packages")

@@ -14,7 +14,6 @@ representations) that the reported ones (`--part test`) do not share. One result
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from over_seeds import cell
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -299,16 +298,6 @@ def run(name: str, part: str, methods: Sequence[str], seeds: Sequence[int], out:
                 found.get("rates", ""),
                 flush=True,
             )
-
-
-def cell(values: Sequence[float]) -> str:
-    """A mean with its 95 % interval over the seeds, by Student's t."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    margin = float(stats.t.ppf(0.975, len(values) - 1))
-    half = margin * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
 
 
 def table(out: Path) -> None:

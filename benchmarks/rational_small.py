@@ -19,7 +19,6 @@ Settings were chosen with `--part dev`. Every model leaves one file in docs/resu
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from over_seeds import cell
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -355,15 +354,6 @@ def local_rule(answers: Sequence[Answer]) -> float:
         if given["source"] in (OTHERS, OWN):
             counts.setdefault(tuple(given["own_sentence"]), [0, 0])[given["source"] == OWN] += 1
     return sum(max(a / own[OTHERS], b / own[OWN]) for a, b in counts.values()) / 2
-
-
-def cell(values: Sequence[float]) -> str:
-    """A mean with its 95 % interval over the seeds, by Student's t."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
 
 
 def table(out: Path) -> None:

@@ -68,20 +68,23 @@ class Layout:
     def attend_spread(
         self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int
     ) -> torch.Tensor:
-        """`attend` with keys and values that are spread already.
+        """`attend` with keys and values that are spread already; they may begin before the queries.
 
         Rows are a grid for the attention alone. Padding is on the right, so the causal mask already keeps it away
         from real tokens and no mask tensor is needed.
         """
         rows, longest = self.gather.shape
         q, groups = self.spread(query), query.shape[0] // k.shape[1]
-        if groups > 1:
+        # A CPU reads shared keys where they lie; elsewhere only some kernels do, and float32 would fall to the slowest.
+        shared = groups > 1 and q.device.type == "cpu"
+        if groups > 1 and not shared:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        near = None
-        if 0 < window < longest:
-            near = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        near, before = None, k.shape[2] - longest
+        if before or 0 < window < longest:
+            near = torch.ones(longest, k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+            near = near.triu(before + 1 - window) if window > 0 else near
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=near, is_causal=near is None, scale=scale
+            q, k, v, attn_mask=near, is_causal=near is None, scale=scale, enable_gqa=shared
         )
         out = out.transpose(1, 2).reshape(rows * longest, query.shape[0], query.shape[2])
         return out.index_select(0, self.scatter)

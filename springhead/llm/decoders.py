@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby, islice, takewhile
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,10 @@ from springhead.llm.packing import Example, pack, packs, split_by_tokens
 
 _PROMPT_TOKENS = {"cpu": 2048}
 """Tokens of prompts that are read in one pass: on a CPU as many as its caches hold the activations of."""
+_COMMON = 16
+"""Tokens from which on a common beginning is read apart: that costs a pass of its own, and attention with a mask in
+each row.
+"""
 
 
 class Decoder(Protocol):
@@ -30,22 +35,30 @@ class Decoder(Protocol):
 
 
 class Ragged:
-    """Decoding without padding; the model must be set to the attention `PACKED`."""
+    """Decoding without padding; the model must be set to the attention `PACKED`.
+
+    Neighbours with the same prompt have it read once (several answers to each prompt), and so is what all prompts begin
+    with (a system message, worked examples).
+    """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
         self._model, self._device = model, model.device
-        self._rows = [Example(tuple(prompt), (False,) * len(prompt)) for prompt in prompts]
+        self._prompts = [list(prompt) for prompt, _ in groupby(prompts, key=list)]
+        self._copies = [len(list(same)) for _, same in groupby(prompts, key=list)]
         self._cache = RaggedCache([len(prompt) for prompt in prompts], self._device)
 
     def prefill(self) -> torch.Tensor:
         """See `Decoder`."""
-        logits, first = [], 0
-        for rows in split_by_tokens(self._rows, _PROMPT_TOKENS.get(self._device.type, 2**16)):
-            packed = pack(rows).to(self._device)
-            last = torch.from_numpy(np.cumsum([len(row.ids) for row in rows]) - 1).to(self._device)
-            self._cache.read(packed.layout, first)
-            logits.append(self._run(packed.input_ids, packed.position_ids, last))
-            first += len(rows)
+        logits, first, copies = [], 0, iter(self._copies)
+        common = self._common()
+        if common:
+            self._read([self._prompts[0][:common]], slice(0, self._cache.rows), [self._cache.rows], 0)
+        own = [Example(tuple(p[common:]), (False,) * (len(p) - common)) for p in self._prompts]
+        for part in split_by_tokens(own, _PROMPT_TOKENS.get(self._device.type, 2**16)):
+            counts = list(islice(copies, len(part)))
+            rows = slice(first, first + sum(counts))
+            logits.append(self._read([row.ids for row in part], rows, counts, common))
+            first = rows.stop
         return torch.cat(logits)
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -56,6 +69,23 @@ class Ragged:
     def keep(self, live: Sequence[int]) -> list[int]:
         """See `Decoder`."""
         return self._cache.keep(live)
+
+    def _common(self) -> int:
+        """How many tokens all prompts begin with; each keeps one of its own, since the last one's logits are wanted."""
+        if len(self._prompts) == 1:
+            return 0
+        low, high = min(self._prompts), max(self._prompts)  # what these two share, all between them share
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
+        shared = min(shared, min(map(len, self._prompts)) - 1)
+        return shared if shared >= _COMMON else 0
+
+    def _read(self, prompts: Sequence[Sequence[int]], rows: slice, copies: Sequence[int], start: int) -> torch.Tensor:
+        """Read prompts from their token `start` on, each for so many of the rows; the logits of these rows."""
+        packed = pack([Example(tuple(ids), (False,) * len(ids)) for ids in prompts]).to(self._device)
+        last = torch.from_numpy(np.cumsum([len(ids) for ids in prompts]) - 1).to(self._device)
+        of = torch.from_numpy(np.repeat(np.arange(len(prompts)), copies)).to(self._device)
+        self._cache.read(packed.layout, rows, of, start)
+        return self._run(packed.input_ids, packed.position_ids + start, last).index_select(0, of)
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor, which: torch.Tensor | int) -> torch.Tensor:
         given = {"input_ids": ids, "position_ids": positions, "layout": self._cache}

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from springhead.errors import BadInput
-from springhead.llm import decoders, packing, sft
+from springhead.llm import decoders, kvcache, packing, sft
 from springhead.llm.generation import Decoding, answer_ids
 from springhead.llm.packing import Example
 from springhead.llm.sft import SftConfig
@@ -80,6 +80,28 @@ def test_packed_loss_and_ragged_decoding_are_the_models_own(kind: str) -> None:
     with decoders.decoder_for(model, prompts, 2) as decoder:
         assert isinstance(decoder, decoders.Ragged)
     assert ids_of(model, prompts, Decoding(10, 4)) == [uncached(model, ids, 10) for ids in prompts]
+
+
+@pytest.mark.parametrize("kind", PACKING)
+def test_what_prompts_share_is_read_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kvcache._GROUP_ROWS, "cpu", 2)  # several groups of rows, of several lengths
+    model = make(kind, PACKING[kind])
+    common = tuple(range(5, 5 + decoders._COMMON))
+    prompts = [common + row.ids for row in rows(1, 12, 5, 9)]
+    asked = [prompts[n] for n in (1, 0, 1, 2, 3, 1, 0)]
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, made: read.append(given[0].numel()))
+    found = ids_of(model, asked, Decoding(10, len(asked)))
+    hook.remove()
+    assert read[:2] == [len(common), sum(len(prompt) - len(common) for prompt in prompts)]
+    assert found == [uncached(model, ids, 10) for ids in asked]
+
+
+def test_a_prompt_that_another_begins_with_keeps_a_token_of_its_own() -> None:
+    model = make("llama", {})
+    whole = tuple(range(5, 40))
+    asked = [whole, whole[:20], whole[:20]]
+    assert ids_of(model, asked, Decoding(6, 3)) == [uncached(model, ids, 6) for ids in asked]
 
 
 @pytest.mark.parametrize("kind", PADDED)

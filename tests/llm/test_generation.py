@@ -176,3 +176,14 @@ def test_the_ragged_cache_keeps_rows_apart_while_others_leave(model):
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([row])).logits[0, -1]
         torch.testing.assert_close(logits[order2.index(place)], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("words", [7, 512, 1024, 1500, 4096])
+def test_the_likeliest_word_is_the_first_of_the_largest(words):
+    torch.manual_seed(words)
+    logits = torch.randn(40, words).round(decimals=1)  # many words share a value
+    logits[0, -1] = 9.0
+    logits[1] = -torch.inf
+    logits[1, words // 2] = -9.0
+    expected = [min(i for i, value in enumerate(row) if value == max(row)) for row in logits.tolist()]
+    assert generation.likeliest(logits).tolist() == expected

@@ -2,6 +2,7 @@
 
     python benchmarks/bash_rac.py run arithmetic                            # goes on after the models that are done
     python benchmarks/bash_rac.py run arithmetic-first                      # the answer comes before the steps
+    python benchmarks/bash_rac.py run backwards --methods sft noise scheduled bash bash-sequential
     SPRINGHEAD_SOURCES=<folder> python benchmarks/bash_rac.py run e2e
     python benchmarks/bash_rac.py table                                     # the tables of docs/results/bash-rac.md
 
@@ -35,6 +36,7 @@ from springhead.llm import bash, freerunning, generation, mend, problems, rac, r
 from springhead.llm.packing import encode_rows
 from springhead.llm.textrows import with_row_id
 from springhead.llm.tokenizer import EOS, PAD, SEPARATOR, UNKNOWN, as_small_tokenizer
+from springhead.llm.worlds import vocabularies
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results/bash-rac"
@@ -144,6 +146,32 @@ def answer_first(row: Mapping[str, Any]) -> dict[str, Any]:
     return with_row_id({**row, "completion": f"{mend.ANSWER_CUE} {answer}. {steps}"})
 
 
+def backwards_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Eight to sixteen of twelve names in a random order, to tell backwards; some come several times."""
+    names = vocabularies()["market"].holders[:12]
+    rows = []
+    for length in np.random.default_rng(seed).integers(8, 17, size=count).tolist():
+        told = [str(name) for name in np.random.default_rng([seed, len(rows)]).choice(names, length)]
+        words = told[::-1]
+        row = {"prompt": " ".join(told) + "?", "completion": " ".join(words) + ".", "words": words}
+        rows.append(with_row_id({**row, "parents": []}))
+    return rows
+
+
+def backwards(part: str) -> Task:
+    """What has to come next follows from the prompt and the place, whatever was said before: a slip can be mended."""
+    short = arithmetic(part)
+    return replace(
+        short,
+        train=backwards_rows(1000, 1),
+        asked=backwards_rows(500, {"dev": 2, "test": 3}[part]),
+        sft=replace(short.sft, steps=500, batch_tokens=1000),
+        bash=bash.BashConfig(beta_from=0.1, beta_to=0.4, share=0.5, refresh=20, start=0.3),
+        max_new_tokens=24,
+        scores=("exact", "in place"),
+    )
+
+
 def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """One token a word or sign of these texts; other words are unknown."""
     pattern = r"[^\W\d_]+|\d|[^\w\s]|_"
@@ -186,6 +214,7 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "arithmetic-long": arithmetic_long,
     "arithmetic-fresh": arithmetic_fresh,
     "arithmetic-first": arithmetic_first,
+    "backwards": backwards,
     "e2e": e2e,
 }
 
@@ -194,6 +223,10 @@ def score(row: Mapping[str, Any], text: str) -> dict[str, float]:
     """The figures of one answer, each in 0..1."""
     if "references" in row:
         return rouge.rouge(row["references"], text)
+    if "words" in row:
+        given = text.removesuffix(".").split()
+        hits = sum(a == b for a, b in zip(row["words"], given, strict=False))
+        return {"exact": float(given == row["words"]), "in place": hits / len(row["words"])}
     values = re.findall(r"= (\d+)", text)
     return {
         "right": float(mend.final_answer(text) == row["answer"]),

@@ -3,13 +3,14 @@
     python benchmarks/mend_methods.py run                   # goes on after the models that are done
     python benchmarks/mend_methods.py table                 # the tables of docs/results/mend.md
 
-Problems over graphs of facts with sums. The base knows problems told in solving order; every method goes on from it
-with the same problems, steps and tokens a step. Asked are unseen problems, each in four orders (solving order,
+Problems of one and two operations over graphs of facts. The base knows them told in solving order; every method goes on
+from it with the same problems, steps and tokens a step. Asked are unseen problems, each in four orders (solving order,
 reversed, two at random):
 
-    id                problems as in training, every order with and without one redundant fact
-    ood-redundancy    the same problems and orders with three redundant facts; no method saw more than one
-    ood-depth         problems of one operation more than any in training
+    order             nothing redundant
+    redundancy        one redundant fact, as MEND shows in training
+    ood-redundancy    two redundant facts; no method saw more than one
+    ood-depth         problems of three operations; no method saw more than two
 
 Settings were chosen with `--part dev`, on other problems and seed 0. Every model leaves one file.
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from over_seeds import cell
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput
 from springhead.jsonio import canonical, read_json, write_json
@@ -43,9 +45,10 @@ METHODS = (BASE, SFT, RC, PARAPHRASE, MEND, MEND_ROWS)
 SEEDS = (0, 1, 2)
 MAX_LENGTH = 400
 VARIANTS = 3
-SPLITS = ("id", "ood-redundancy", "ood-depth")
+SPLITS = {"order": 0, "redundancy": 1, "ood-redundancy": 2, "ood-depth": 0}
+"""What is asked, and how many redundant facts are shown."""
 FIGURES = ("worst_case", "consistency", "accuracy", "all_equal")
-DEPTH = 3
+DEPTH = 2
 """Most operations of a training problem."""
 
 
@@ -65,7 +68,7 @@ SETTING = Setting(
     asked=200,
     spec=problems.ProblemSpec(
         vocabularies=("market",), operators=("more", "fewer", "sum"), ops_min=1, ops_max=DEPTH, depth_min=1,
-        depth_max=DEPTH, max_value=20, max_constant=9, max_step=5, holders=12, items=1, redundant=3, holdout=0.2,
+        depth_max=DEPTH, max_value=20, max_constant=9, max_step=5, holders=12, items=1, redundant=2, holdout=0.2,
     ),
     small=students.SmallLlama(
         hidden_size=128, layers=4, heads=4, intermediate_size=384, initial_std=0.09, problems=3000, ops_max=2,
@@ -73,7 +76,7 @@ SETTING = Setting(
         operators=("more", "fewer", "sum"), max_value=20, max_step=5, holdout=0.2,
         sft=sft.SftConfig(steps=550, batch_tokens=550, learning_rate=0.002),
     ),
-    sft=sft.SftConfig(steps=1500, batch_tokens=1000, learning_rate=0.001),
+    sft=sft.SftConfig(steps=1500, batch_tokens=1000, learning_rate=0.002),
 )  # fmt: skip
 
 
@@ -99,15 +102,12 @@ def asked(setting: Setting, part: str) -> dict[str, list[dict[str, Any]]]:
     """The rows that are asked, by split. Problems of the two parts are told apart by the digest of their facts."""
     deeper = replace(setting.spec, ops_min=DEPTH + 1, ops_max=DEPTH + 1, depth_min=2, depth_max=DEPTH + 1)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for split, spec, redundant in zip(SPLITS, (setting.spec, setting.spec, deeper), (1, 3, 0), strict=True):
-        drawn = problems.generate(4 * setting.asked, 2, replace(spec, split="id"))
+    for split, redundant in SPLITS.items():
+        spec = replace(deeper if split == "ood-depth" else setting.spec, split="id")
+        drawn = problems.generate(4 * setting.asked, 2, spec)
         mine = [p for p in drawn if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
-        rows[split] = [
-            row | {"split": split}
-            for problem in mine[: setting.asked]
-            for row in mend.eval_rows(problem, 2, redundant, seed=0)
-            if split != "ood-redundancy" or row["redundancy"] == redundant
-        ]
+        variants = [row for p in mine[: setting.asked] for row in mend.eval_rows(p, 2, redundant, seed=0)]
+        rows[split] = [row | {"split": split} for row in variants if row["redundancy"] == redundant]
     return rows
 
 
@@ -148,19 +148,21 @@ def run(part: str, methods: Sequence[str], seeds: Sequence[int], out: Path, sett
                     "epochs": history[-1]["tokens"] / counts["tokens"],
                     "train_loss": history[-1]["train_loss"],
                 }
-            figures = {split: measured(model, tokenizer, rows, seed) for split, rows in questions.items()}
+            figures = {split: measured(model, tokenizer, rows) for split, rows in questions.items()}
             write_json(path, {"common": facts, "method": method, "seed": seed, **about, "figures": figures})
             worst = {split: round(found["worst_case"], 3) for split, found in figures.items()}
             print(method, seed, f"worst case {worst}", flush=True)
 
 
-def measured(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """The figures of a model over the variants of each problem; all variants count."""
+def measured(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The figures of a model over the orders of each problem, and its accuracy in each order."""
     texts = generation.generate(model, tokenizer, [row["prompt"] for row in rows], generation.Decoding(80))
     graded = evaluation.grade(rows, texts)
     found: dict[str, Any] = evaluation.over_variants(graded)
     orders = evaluation.accuracy_by_order(graded)
-    found["by_order"] = [{k: line[k] for k in ("redundancy", "order", "accuracy")} for line in orders]
+    found["by_order"] = {line["order"]: line["accuracy"] for line in orders}
     return found
 
 
@@ -184,17 +186,12 @@ def table(out: Path) -> None:
             seeds = [s for m, s in sorted(found) if m == method and (SFT, s) in found]
             pairs = [(found[method, s]["figures"][split], found[SFT, s]["figures"][split]) for s in seeds]
             print(f"| {method} - sft | {' | '.join(cell([a[n] - b[n] for a, b in pairs]) for n in FIGURES)} |")
-    orders = [(split, line["redundancy"], line["order"]) for split in SPLITS
-              for line in files[0]["figures"][split]["by_order"]]  # fmt: skip
     print(f"\n| accuracy | {' | '.join(done)} |\n|---|{'---|' * len(done)}")
-    for split, redundancy, order in orders:
-        cells = []
-        for method in done:
-            lines = [line for (m, _), r in sorted(found.items()) if m == method
-                     for line in r["figures"][split]["by_order"]
-                     if (line["redundancy"], line["order"]) == (redundancy, order)]  # fmt: skip
-            cells.append(cell([line["accuracy"] for line in lines]))
-        print(f"| {split}, {redundancy} redundant, {order} | {' | '.join(cells)} |")
+    for split in SPLITS:
+        for order in files[0]["figures"][split]["by_order"]:
+            right = {m: [r["figures"][split]["by_order"][order] for (n, _), r in sorted(found.items()) if n == m]
+                     for m in done}  # fmt: skip
+            print(f"| {split}, {order} | {' | '.join(cell(right[m]) for m in done)} |")
     for r in files:
         if r["method"] != BASE:
             print(f"{r['method']} {r['seed']}: {r['tokens']} tokens, {r['epochs']:.1f} epochs, {r['train_loss']:.4f}")

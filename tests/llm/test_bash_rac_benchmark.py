@@ -1,8 +1,8 @@
-"""The benchmark of BASH and RAC: rows that state the answer first, and how answers to them are scored."""
+"""The benchmark of BASH and RAC: rows of its own tasks, and how answers to them are scored."""
 
 import pytest
 
-from benchmarks.bash_rac import answer_first, score
+from benchmarks.bash_rac import answer_first, backwards_rows, score
 from springhead.llm import mend, problems
 
 pytestmark = pytest.mark.unit
@@ -34,3 +34,30 @@ def test_the_answer_comes_first_and_the_steps_derive_it():
 )
 def test_what_is_stated_and_what_is_derived_are_scored_apart(text, right, derived):
     assert score({"answer": "5"}, text) == {"right": right, "derived": derived}
+
+
+def test_names_are_told_backwards_and_no_row_is_on_two_sides():
+    rows = {seed: backwards_rows(1000, seed) for seed in (1, 2, 3)}
+    for row in rows[1]:
+        told = row["prompt"].removesuffix("?").split()
+        assert row["completion"] == " ".join(reversed(told)) + "."
+        assert 8 <= len(told) <= 16
+    prompts = [{row["prompt"] for row in part} for part in rows.values()]
+    assert not prompts[0] & (prompts[1] | prompts[2])
+    assert not prompts[1] & prompts[2]
+    assert any(len(set(row["words"])) < len(row["words"]) for row in rows[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "in_place"),
+    [
+        ("Cal Ben Ana Ana.", 1.0, 1.0),
+        ("Cal Ben Ana", 0.0, 0.75),
+        ("Cal Ben Ana Ana Ana.", 0.0, 1.0),
+        ("Cal Ana Ben Ana.", 0.0, 0.5),
+        ("Ben Ana Ana.", 0.0, 0.25),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_a_slip_costs_its_place_and_a_lost_place_all_that_follow(text, exact, in_place):
+    assert score({"words": ["Cal", "Ben", "Ana", "Ana"]}, text) == {"exact": exact, "in place": in_place}

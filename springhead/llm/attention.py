@@ -76,7 +76,8 @@ class Layout:
         rows, longest = self.gather.shape
         q, groups = self.spread(query), query.shape[0] // k.shape[1]
         # A CPU reads shared keys where they lie; elsewhere only some kernels do, and float32 would fall to the slowest.
-        shared = groups > 1 and q.device.type == "cpu"
+        # In half precision a CPU would round the sums of the heads' gradients.
+        shared = groups > 1 and q.device.type == "cpu" and q.dtype == torch.float32
         if groups > 1 and not shared:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         near, before = None, k.shape[2] - longest

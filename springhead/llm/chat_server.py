@@ -170,7 +170,7 @@ def server(folder: Path, host: str, port: int, device: students.Device) -> Threa
     Raises:
         BadInput: not a safe model folder.
     """
-    model, tokenizer = students.load(folder, device)
+    model, tokenizer = students.load_to_ask(folder, device)
     batcher, name = Batcher(model, tokenizer), f"{folder.name}-{tree_digest(folder)[:12]}"
 
     class Handler(BaseHTTPRequestHandler):

@@ -15,10 +15,12 @@ from springhead.llm.packing import Example, pack, packs, split_by_tokens
 
 _PROMPT_TOKENS = {"cpu": 2048}
 """Tokens of prompts that are read in one pass: on a CPU as many as its caches hold the activations of."""
-_COMMON = 16
-"""Tokens from which on a common beginning is read apart: that costs a pass of its own, and attention with a mask in
-each row.
+_SPARED, _PART = 512, 4
+"""When a common beginning is read apart, which costs a pass of its own and, in each row, attention with a mask: it
+spares so many tokens in all, and its length times `_PART` is at least that of the longest rest.
 """
+_ROPE_BY_LENGTH = ("longrope", "dynamic")
+"""Kinds of rotary positions whose angles depend on how far a pass reaches: a prompt must be read in one."""
 
 
 class Decoder(Protocol):
@@ -49,15 +51,17 @@ class Ragged:
 
     def prefill(self) -> torch.Tensor:
         """See `Decoder`."""
-        logits, first, copies = [], 0, iter(self._copies)
-        common = self._common()
+        logits, first, copies, common = [], 0, iter(self._copies), self._common()
         if common:
             self._read([self._prompts[0][:common]], slice(0, self._cache.rows), [self._cache.rows], 0)
-        own = [Example(tuple(p[common:]), (False,) * (len(p) - common)) for p in self._prompts]
-        for part in split_by_tokens(own, _PROMPT_TOKENS.get(self._device.type, 2**16)):
+        # What a pass holds on a CPU is the activations of what it reads; elsewhere keys and values count more.
+        counted = common if self._device.type == "cpu" else 0
+        parts = [Example(tuple(p[counted:]), (False,) * (len(p) - counted)) for p in self._prompts]
+        for part in split_by_tokens(parts, _PROMPT_TOKENS.get(self._device.type, 2**16)):
             counts = list(islice(copies, len(part)))
             rows = slice(first, first + sum(counts))
-            logits.append(self._read([row.ids for row in part], rows, counts, common))
+            found = self._read([row.ids[common - counted :] for row in part], rows, counts, common)
+            logits.append(found.repeat_interleave(torch.tensor(counts, device=self._device), dim=0))
             first = rows.stop
         return torch.cat(logits)
 
@@ -71,25 +75,34 @@ class Ragged:
         return self._cache.keep(live)
 
     def _common(self) -> int:
-        """How many tokens all prompts begin with; each keeps one of its own, since the last one's logits are wanted."""
-        if len(self._prompts) == 1:
+        """How many tokens to read once for all prompts; each keeps one of its own, whose logits are wanted."""
+        if len(self._prompts) == 1 or _rope_kinds(self._model) & set(_ROPE_BY_LENGTH):
             return 0
         low, high = min(self._prompts), max(self._prompts)  # what these two share, all between them share
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
-        shared = min(shared, min(map(len, self._prompts)) - 1)
-        return shared if shared >= _COMMON else 0
+        lengths = [len(prompt) for prompt in self._prompts]
+        shared = min(shared, min(lengths) - 1)
+        worth = shared * (len(lengths) - 1) >= _SPARED and shared * _PART >= max(lengths) - shared
+        return shared if worth else 0
 
     def _read(self, prompts: Sequence[Sequence[int]], rows: slice, copies: Sequence[int], start: int) -> torch.Tensor:
-        """Read prompts from their token `start` on, each for so many of the rows; the logits of these rows."""
+        """Read prompts from their token `start` on, each for so many of the rows; the logits of each prompt."""
         packed = pack([Example(tuple(ids), (False,) * len(ids)) for ids in prompts]).to(self._device)
         last = torch.from_numpy(np.cumsum([len(ids) for ids in prompts]) - 1).to(self._device)
         of = torch.from_numpy(np.repeat(np.arange(len(prompts)), copies)).to(self._device)
         self._cache.read(packed.layout, rows, of, start)
-        return self._run(packed.input_ids, packed.position_ids + start, last).index_select(0, of)
+        return self._run(packed.input_ids, packed.position_ids + start, last)
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor, which: torch.Tensor | int) -> torch.Tensor:
         given = {"input_ids": ids, "position_ids": positions, "layout": self._cache}
         return self._model(**given, logits_to_keep=which, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+def _rope_kinds(model: PreTrainedModel) -> set[str]:
+    """The kinds of rotary positions a model has; some models have one for each kind of layer."""
+    given = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [given, *(part for part in given.values() if isinstance(part, dict))]
+    return {str(part["rope_type"]) for part in parts if "rope_type" in part}
 
 
 class Library:

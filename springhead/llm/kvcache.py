@@ -20,7 +20,7 @@ from springhead.llm.attention import Layout
 _BLOCK = 128
 """Tokens by which the room of all rows grows."""
 _GROUP_ROWS = {"cpu": 32}
-"""Rows that attend together; elsewhere all, for there a call costs more than what it reads."""
+"""Rows that attend together, for each thread; elsewhere all, for there a call costs more than what it reads."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RaggedCache:
         """Prepare for prompts of these lengths."""
         self._prompt: _Prompt | None = None
         self.lengths = torch.tensor(lengths, device=device)
+        self._sizes = list(lengths)  # the same on the host: a look at it stops no device
         self._column = self.lengths
-        self._longest = max(lengths)
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._groups: list[_Group] = []
@@ -80,7 +80,7 @@ class RaggedCache:
         positions = self.lengths[None].clone()
         self._column = self.lengths
         self.lengths = self.lengths + 1
-        self._longest += 1
+        self._sizes = [size + 1 for size in self._sizes]
         self._groups = self._grouped()
         return positions
 
@@ -96,7 +96,7 @@ class RaggedCache:
                 order[place] = order[last]
             order.pop()
         self.lengths = self.lengths[torch.tensor(order, device=self.lengths.device)]
-        self._longest = int(self.lengths.max())
+        self._sizes = [self._sizes[place] for place in order]
         return order
 
     def attend(
@@ -120,7 +120,7 @@ class RaggedCache:
             )
             for group in self._groups
         ]
-        return torch.cat(out).reshape(rows, heads, dim)
+        return (out[0] if len(out) == 1 else torch.cat(out)).reshape(rows, heads, dim)
 
     def _attend_prompt(
         self,
@@ -133,28 +133,31 @@ class RaggedCache:
         window: int,
     ) -> torch.Tensor:
         """`attend` while prompts are read."""
-        seen = []
+        seen, each = [], len(prompt.of)
         for store, new in ((self._keys, key), (self._values, value)):
             read = prompt.layout.spread(new)
             if layer == len(store):
                 store.append(read.new_zeros((self.rows, read.shape[1], self._room(), read.shape[3])))
-            store[layer][prompt.rows, :, prompt.start : prompt.start + read.shape[2]] = read.index_select(0, prompt.of)
-            if prompt.start:
-                before = store[layer][prompt.rows][:1, :, : prompt.start].expand(len(read), -1, -1, -1)
-                read = torch.cat([before, read], dim=2)
+            mine, stop = store[layer][prompt.rows], prompt.start + read.shape[2]
+            mine[:, :, prompt.start : stop] = read if len(read) in (1, each) else read.index_select(0, prompt.of)
+            if prompt.start and len(read) == each:
+                read = mine[:, :, :stop]
+            elif prompt.start:
+                read = torch.cat([mine[:1, :, : prompt.start].expand(len(read), -1, -1, -1), read], dim=2)
             seen.append(read)
-        return prompt.layout.attend_spread(query, *seen, scale, window)
+        return prompt.layout.attend_spread(query, seen[0], seen[1], scale, window)
 
     def _grouped(self) -> list[_Group]:
         """The live rows in groups."""
-        size = _GROUP_ROWS.get(self.lengths.device.type, self.rows)
+        device = self.lengths.device
+        size = _GROUP_ROWS.get(device.type, self.rows) * (torch.get_num_threads() if device.type == "cpu" else 1)
         groups = []
         for first in range(0, self.rows, size):
-            lengths = self.lengths[first : first + size]
-            shortest, longest = (int(n) for n in torch.aminmax(lengths))
-            columns = torch.arange(longest, device=lengths.device)
-            mask = None if shortest == longest else (columns < lengths[:, None])[:, None, None]
-            groups.append(_Group(slice(first, first + len(lengths)), longest, mask))
+            rows = slice(first, min(first + size, self.rows))
+            longest, mask = max(self._sizes[rows]), None
+            if min(self._sizes[rows]) < longest:
+                mask = (torch.arange(longest, device=device) < self.lengths[rows, None])[:, None, None]
+            groups.append(_Group(rows, longest, mask))
         return groups
 
     def _near(self, group: _Group, window: int) -> torch.Tensor:
@@ -167,11 +170,11 @@ class RaggedCache:
         """Tokens to make room for: the present and the next, rounded up. What is not filled is zero: it has no weight
         in any sum, and must not be NaN.
         """
-        return -(-(self._longest + 1) // _BLOCK) * _BLOCK
+        return -(-(max(self._sizes) + 1) // _BLOCK) * _BLOCK
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the keys and values (kv_heads, rows, head_dim) of one token for each row."""
-        if self._keys[layer].shape[2] < self._longest:
+        if self._keys[layer].shape[2] < max(self._sizes):
             for store in (self._keys, self._values):
                 old = store[layer][: self.rows]
                 store[layer] = old.new_zeros((*old.shape[:2], self._room(), old.shape[3]))

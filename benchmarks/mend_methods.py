@@ -47,7 +47,7 @@ MAX_LENGTH = 400
 VARIANTS = 3
 SPLITS = {"order": 0, "redundancy": 1, "ood-redundancy": 2, "ood-depth": 0}
 """What is asked, and how many redundant facts are shown."""
-FIGURES = ("worst_case", "consistency", "accuracy", "all_equal")
+FIGURES = ("worst_case", "consistency", "accuracy", "all_wrong", "vote")
 DEPTH = 2
 """Most operations of a training problem."""
 
@@ -182,10 +182,10 @@ def table(out: Path) -> None:
         for method in done:
             mine = [r["figures"][split] for (m, _), r in sorted(found.items()) if m == method]
             print(f"| {method} | {' | '.join(cell([f[name] for f in mine]) for name in FIGURES)} |")
-        for method in [m for m in done if m not in (BASE, SFT)]:
-            seeds = [s for m, s in sorted(found) if m == method and (SFT, s) in found]
-            pairs = [(found[method, s]["figures"][split], found[SFT, s]["figures"][split]) for s in seeds]
-            print(f"| {method} - sft | {' | '.join(cell([a[n] - b[n] for a, b in pairs]) for n in FIGURES)} |")
+        for other in [m for m in done if m not in (BASE, MEND)]:
+            seeds = [s for m, s in sorted(found) if m == other and (MEND, s) in found]
+            pairs = [(found[MEND, s]["figures"][split], found[other, s]["figures"][split]) for s in seeds]
+            print(f"| {MEND} - {other} | {' | '.join(cell([a[n] - b[n] for a, b in pairs]) for n in FIGURES)} |")
     print(f"\n| accuracy | {' | '.join(done)} |\n|---|{'---|' * len(done)}")
     for split in SPLITS:
         for order in files[0]["figures"][split]["by_order"]:

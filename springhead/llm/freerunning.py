@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from springhead.errors import BadInput
-from springhead.llm.evaluation import bootstrap
+from springhead.llm.evaluation import bootstrap_ratio
 from springhead.llm.generation import Decoding, Key, answer_ids
 from springhead.llm.packing import Example
 from springhead.llm.rac import split
@@ -81,19 +81,20 @@ def summary(found: Sequence[Run], seed: int) -> dict[str, Any]:
     """The figures over all places of all rows.
 
     Returns:
-        rows, places; gold and own: mean losses; gap: own - gold, with `gap_interval` (95 %, bootstrap over the rows'
-        mean gaps); agreement: share of places where the model said the reference's token.
+        rows, places; gold and own: mean losses; gap: own - gold, with `gap_interval` (95 %, bootstrap over rows,
+        each with the weight of its places); agreement: share of places where the model said the reference's token.
     """
     if not found:
         raise BadInput("no rows to measure the free-running gap on")
     gold, own, agrees = (np.concatenate([getattr(run, name) for run in found]) for name in ("gold", "own", "agrees"))
+    sums = [float((run.own - run.gold).sum()) for run in found]
     return {
         "rows": len(found),
         "places": len(gold),
         "gold": float(gold.mean()),
         "own": float(own.mean()),
         "gap": float((own - gold).mean()),
-        "gap_interval": list(bootstrap([float((run.own - run.gold).mean()) for run in found], seed)),
+        "gap_interval": list(bootstrap_ratio(sums, [len(run.gold) for run in found], seed)),
         "agreement": float(agrees.mean()),
     }
 

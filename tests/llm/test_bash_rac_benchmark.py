@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.bash_rac import answer_first, backwards_rows, score
 from springhead.llm import mend, problems
+from springhead.llm.tokenizer import small_tokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -45,7 +46,14 @@ def test_names_are_told_backwards_and_no_row_is_on_two_sides():
     prompts = [{row["prompt"] for row in part} for part in rows.values()]
     assert not prompts[0] & (prompts[1] | prompts[2])
     assert not prompts[1] & prompts[2]
-    assert any(len(set(row["words"])) < len(row["words"]) for row in rows[1])
+
+
+def test_names_are_a_token_each_and_come_back_from_the_tokenizer_as_they_are_scored():
+    tokenizer = small_tokenizer()
+    for row in backwards_rows(50, 1):
+        ids = tokenizer.encode(row["completion"], add_special_tokens=False)
+        assert len(ids) == len(row["words"]) + 1
+        assert score(row, tokenizer.decode(ids, skip_special_tokens=True).strip()) == {"exact": 1.0, "in place": 1.0}
 
 
 @pytest.mark.parametrize(

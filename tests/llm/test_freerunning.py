@@ -72,7 +72,10 @@ def test_the_gap_by_hand():
     assert figures["gap"] == pytest.approx(2 / 3)
     assert figures["agreement"] == pytest.approx(2 / 3)
     low, high = figures["gap_interval"]
-    assert low <= 0.5 <= high
+    assert low <= 2 / 3 <= high
+    uneven = [Run(np.ones(n), np.ones(n) * gap, np.ones(n, bool), (7,)) for n, gap in ((1, 9.0), (99, 2.0)) * 20]
+    low, high = freerunning.summary(uneven, 0)["gap_interval"]  # a mean of the rows' means would be 4.5
+    assert low <= freerunning.summary(uneven, 0)["gap"] <= high < 1.5
     assert freerunning.by_place(found) == [
         {"place": 0, "rows": 2, "gold": 1.5, "own": 1.5, "gap": 0.0, "agreement": 1.0},
         {"place": 1, "rows": 1, "gold": 1.0, "own": 3.0, "gap": 2.0, "agreement": 0.0},

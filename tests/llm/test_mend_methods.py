@@ -33,7 +33,7 @@ def test_methods_differ_in_rows_and_not_in_problems(rows):
 
 def test_what_is_asked_was_never_trained_on_and_the_parts_share_nothing(rows):
     test, dev = (asked(SMALL, part) for part in ("test", "dev"))
-    trained = {facts_key(p) for p in problems.generate(SMALL.problems, 1, SMALL.spec)}
+    trained = {facts_key(p) for p in problems.generate(600, 1, SMALL.spec)}
     keys = {}
     for part, found in (("test", test), ("dev", dev)):
         keys[part] = {row["parents"][0] for made in found.values() for row in made}
@@ -42,6 +42,15 @@ def test_what_is_asked_was_never_trained_on_and_the_parts_share_nothing(rows):
         }
         assert {row["ops"] for row in found["ood-depth"]} == {3}
         assert {len(made) for made in found.values()} == {4 * SMALL.asked}
+        prompts: dict[str, set[str]] = {}
+        for row in found["order"]:
+            prompts.setdefault(row["parents"][0], set()).add(row["prompt"])
+        # Two statements have two orders only; from three on the four asked differ.
+        assert {len(given) for given in prompts.values()} == {2, 4}
+        assert not {row["prompt"] for made in found.values() for row in made} & {
+            row["prompt"] for method in METHODS[1:] for row in rows[method]
+        }
     assert not keys["test"] & keys["dev"]
-    drawn = problems.generate(4 * SMALL.asked, 2, replace(SMALL.spec, split="id"))
-    assert not trained & {facts_key(p) for p in drawn}
+    for ops in (SMALL.spec.ops_max, SMALL.spec.ops_max + 1):
+        drawn = problems.generate(4 * SMALL.asked, 2, replace(SMALL.spec, ops_max=ops, depth_max=ops, split="id"))
+        assert not trained & {facts_key(p) for p in drawn}

@@ -28,6 +28,7 @@ Conversation = str | Sequence[Mapping[str, Any]]
 Key = int | str
 """What a row is seeded by: its number, or its id."""
 _ARGMAX_BLOCK = 512
+"""Words among which the largest is found at once."""
 
 
 @dataclass(frozen=True)

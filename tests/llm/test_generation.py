@@ -185,7 +185,7 @@ def test_the_likeliest_word_is_the_first_of_the_largest(words):
     logits[0, -1] = 9.0
     logits[1] = -torch.inf
     logits[1, words // 2] = -9.0
-    expected = [min(i for i, value in enumerate(row) if value == max(row)) for row in logits.tolist()]
+    expected = [row.index(max(row)) for row in logits.tolist()]
     assert generation.likeliest(logits).tolist() == expected
     logits[0, -2] = logits[1, 0] = torch.nan
     assert generation.likeliest(logits).tolist() == [words - 2, 0, *expected[2:]]

@@ -6,8 +6,9 @@
     SPRINGHEAD_SOURCES=<folder> python benchmarks/bash_rac.py run e2e
     python benchmarks/bash_rac.py table                                     # the tables of docs/results/bash-rac.md
 
-`arithmetic`: problems over graphs of facts, a small Llama trained from scratch as the base. `e2e`: the E2E development
-set, split by meaning representation, the same small Llama with the words of the training part. Every method starts from
+`arithmetic`: problems over graphs of facts, a small Llama trained from scratch as the base. `backwards`: names to tell
+in reverse, the same base. `e2e`: the E2E development set, split by meaning representation, the same small Llama with
+the words of the training part. Every method starts from
 the same base and takes the same steps and tokens a step. Settings were chosen with `--part dev`, on problems (meaning
 representations) that the reported ones (`--part test`) do not share. One result file for each model.
 """

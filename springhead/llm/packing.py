@@ -243,8 +243,9 @@ def pad(examples: Sequence[Example], prompt_loss_weight: float = 0.0) -> Padded:
 def packs(model: PreTrainedModel) -> bool:
     """Whether the model predicts for rows in a packed batch what it predicts for each alone.
 
-    Two rows of made-up tokens decide it. The answer is remembered for each configuration. Of a model whose predictions
-    are not finite nothing can be told, and nothing is remembered; training stops at its first loss.
+    Two rows of made-up tokens decide it; a configuration with attention in chunks never packs. The answer is remembered
+    for each configuration. Of a model whose predictions are not finite nothing can be told, and nothing is remembered;
+    training stops at its first loss.
     """
     key = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     if key not in _PACKS:

@@ -37,11 +37,22 @@ class Server:
         self.env = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": self.url}
 
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """Sends a request and returns the JSON of the answer."""
+        """Sends a request and returns the JSON of the answer.
+
+        With 503 the server says that its SQLite file was just being written and that nothing of the request was done:
+        Prefect's own client asks again, and so does this.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read() or b"null")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
 
     def healthy(self) -> bool:
         """Whether the server answers."""

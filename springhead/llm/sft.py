@@ -16,8 +16,6 @@ the batches of the next steps from the model as it is. What is left of them is p
 Several processes (see `springhead.llm.parallel`) train as one would: same losses, up to the order of sums.
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -27,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,10 +32,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from springhead.bounds import OutOfRange, above_zero, at_least, fraction
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import read_json, write_json_atomic
-from springhead.lineage.digests import json_digest
 from springhead.llm import generation
 from springhead.llm.adapters import merged, plain, save_adapter, with_lora
 from springhead.llm.attention import PACKED
+from springhead.llm.checkpoints import STATE, as_tensors, being_written, checkpoint_of, from_tensors, run_identity
 from springhead.llm.history import History
 from springhead.llm.packing import Batch, Example, batches, pack, packs, pad, split_by_tokens
 from springhead.llm.parallel import ALONE, World
@@ -182,10 +179,6 @@ class Source(Protocol):
         """
 
 
-STATE = "state.json"
-"""The file of a checkpoint that is written last."""
-
-
 class Trainer:
     """One training run: model, optimizer, step counter and history; everything a checkpoint must hold."""
 
@@ -256,7 +249,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; an earlier one is replaced only when this one is complete."""
-        fresh, old = _fresh(folder), folder.with_name(folder.name + ".old")
+        fresh, old = being_written(folder), folder.with_name(folder.name + ".old")
         if checkpoint_of(folder) == fresh:  # an earlier save was killed between its two renamings
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(fresh, folder)
@@ -304,41 +297,6 @@ class Trainer:
         self.step, self.tokens, self.history = state_json["step"], state_json["tokens"], state_json["history"]
         self.taken, self.source_state = state_json["taken"], state_json["source_state"]
         self.queue = from_tensors(load_file(folder / "queue.safetensors"))
-
-
-def _fresh(folder: Path) -> Path:
-    """Where the next checkpoint is written before it takes the place of `folder`."""
-    return folder.with_name(folder.name + ".new")
-
-
-def checkpoint_of(folder: Path) -> Path | None:
-    """The last whole checkpoint: `folder`, or what a save that was killed had not yet renamed to it; None without."""
-    return next((place for place in (folder, _fresh(folder)) if (place / STATE).exists()), None)
-
-
-def as_tensors(queue: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
-    """Batches of rows as flat tensors; `from_tensors` reads them back."""
-    rows = [example for batch in queue for example in batch]
-    return {
-        "batches": torch.tensor([len(batch) for batch in queue], dtype=torch.int64),
-        "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int64),
-        "weights": torch.tensor([row.weight for row in rows], dtype=torch.float64),
-        "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int64),
-        "mask": torch.tensor([flag for row in rows for flag in row.completion_mask], dtype=torch.bool),
-        "read": torch.tensor([token for row in rows for token in row.read], dtype=torch.int64),
-    }
-
-
-def from_tensors(stored: dict[str, torch.Tensor]) -> list[list[Example]]:
-    """The batches that `as_tensors` was given."""
-    lengths = stored["lengths"].tolist()
-    parts = [stored[name].split(lengths) for name in ("ids", "mask", "read")]
-    rows = []
-    for ids, mask, read, weight in zip(*parts, stored["weights"].tolist(), strict=True):
-        context = () if torch.equal(ids, read) else tuple(read.tolist())
-        rows.append(Example(tuple(ids.tolist()), tuple(mask.tolist()), context, weight))
-    left = iter(rows)
-    return [[next(left) for _ in range(count)] for count in stored["batches"].tolist()]
 
 
 def target_weight(example: Example, prompt_loss_weight: float) -> float:
@@ -391,7 +349,8 @@ def train(
     for key, every, given in asked:
         if every and not given:
             raise BadInput(f"sft.{key} is {every}, but no rows or prompts were named for it; name some, or set it to 0")
-    identity = "" if scratch is None else identity_of(model, examples, config, seed, source)
+    facts = {"config": asdict(config), "seed": seed} | ({} if source is None else {"source": source.identity})
+    identity = "" if scratch is None else run_identity(model, examples, facts)
     wrapped: torch.nn.Module = (
         with_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, seed) if config.lora_rank else model
     )
@@ -456,30 +415,6 @@ def _batches_of_rows(trainer: Trainer, examples: Sequence[Example], source: Sour
             drawn = sum(hash(row.read) % 2**20 for batch in trainer.queue for row in batch)
             trainer.world.check_equal(drawn, "what the model's own rows are", trainer.device)
         yield trainer.queue.pop(0)
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """The digest of a model's weights and configuration as they are in memory, whatever folder they came from."""
-    config = model.config.to_dict()
-    facts = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def identity_of(
-    model: PreTrainedModel, examples: Sequence[Example], config: SftConfig, seed: int, source: Source | None = None
-) -> str:
-    """The digest of what a run is determined by: base model, settings, seed, rows and the source of batches."""
-    rows = hashlib.sha256()
-    for example in examples:
-        rows.update(np.array(example.ids, np.int64).tobytes() + bytes(example.completion_mask))
-        if example.context or example.weight != 1.0:
-            rows.update(np.array([*example.context, example.weight], np.float64).tobytes())
-    facts = {"base": model_digest(model), "config": asdict(config), "seed": seed, "rows": rows.hexdigest()}
-    return json_digest(facts if source is None else {**facts, "source": source.identity})
 
 
 def _due(step: int, every: int) -> bool:

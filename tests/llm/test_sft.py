@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from springhead.errors import BadInput, Finding
-from springhead.llm import packing, sft
+from springhead.llm import checkpoints, packing, sft
 from springhead.llm.adapters import merged, with_lora
 from springhead.llm.attention import PACKED
 from springhead.llm.history import run_figures
@@ -244,7 +244,7 @@ def test_a_kill_between_the_renamings_of_a_checkpoint_loses_none(examples, tmp_p
         else:
             trainer.save(folder)
         monkeypatch.setattr(os, "replace", rename)
-        found = sft.checkpoint_of(folder)
+        found = checkpoints.checkpoint_of(folder)
         assert found is not None
         again = sft.Trainer(tiny_model(), CONFIG, 0)
         again.restore(found)
@@ -253,7 +253,7 @@ def test_a_kill_between_the_renamings_of_a_checkpoint_loses_none(examples, tmp_p
         monkeypatch.setattr(sft, "write_json_atomic", killed_writing)
         with pytest.raises(Killed):
             again.save(folder)
-    assert sft.checkpoint_of(folder) == folder
+    assert checkpoints.checkpoint_of(folder) == folder
     monkeypatch.undo()
     trainer.save(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -10,6 +10,7 @@ left and the library's own cache.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,8 +49,10 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.batch_rows < 1:
             raise ValueError("max_new_tokens and batch_rows must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError("temperature and top_k must not be negative, top_p must be above 0 and at most 1")
+        if self.seed < 0:
+            raise ValueError("seed must not be negative")
         if not all(self.stop):
             raise ValueError("a stop text must not be empty")
 
@@ -142,7 +145,7 @@ def answer_ids(
 
     `progress` is told about finished rows.
     """
-    room = _room(model, prompts, decoding, keys)
+    room = room_of(model, prompts, decoding, keys)
     was_training = model.training
     model.eval()
     answers = [Answer([]) for _ in prompts]
@@ -162,10 +165,14 @@ def answer_ids(
     return answers
 
 
-def _room(
+def room_of(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding, keys: Sequence[Key] | None
 ) -> list[int]:
-    """How many tokens each answer may have: `max_new_tokens`, or what the model's context leaves."""
+    """How many tokens each answer may have: `max_new_tokens`, or what the model's context leaves.
+
+    Raises:
+        BadInput: it leaves none to a row, which is named by its key.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return [decoding.max_new_tokens] * len(prompts)
@@ -241,22 +248,46 @@ def choose(logits: torch.Tensor, decoding: Decoding, generators: Sequence[np.ran
     if decoding.temperature == 0:
         return [int(token) for token in likeliest(logits).tolist()]
     draws = torch.tensor([g.random() for g in generators], dtype=torch.float64, device=logits.device)[:, None]
-    probabilities = torch.softmax(logits / decoding.temperature, dim=-1).double()
+    probabilities = torch.softmax(logits.float() / decoding.temperature, dim=-1)
     words = probabilities.shape[1]
     if decoding.top_p == 1 and not decoding.top_k:
-        cumulative = probabilities.cumsum(dim=-1)
+        cumulative = probabilities.double().cumsum(dim=-1)
         picks = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
         return [int(token) for token in picks.clamp(max=words - 1)[:, 0].tolist()]
     size = min(decoding.top_k or 1024, words)
-    values, indices = probabilities.topk(size, dim=-1)
-    if not decoding.top_k and size < words and bool((values.sum(dim=-1) < decoding.top_p).any()):
-        values, indices = probabilities.sort(dim=-1, descending=True, stable=True)
+    values, indices = ranked(probabilities, size)
+    chosen = _drawn(values, indices, draws, decoding)
+    if not decoding.top_k and size < words:
+        # Only rows whose mass lies beyond need the whole order: what a row draws is a matter of its own.
+        flat = (values.sum(dim=-1) < decoding.top_p).nonzero()[:, 0]
+        if len(flat):
+            chosen[flat] = _drawn(*ranked(probabilities[flat], words), draws[flat], decoding)
+    return [int(token) for token in chosen.tolist()]
+
+
+def ranked(probabilities: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `size` largest of each row (rows, words) of float32 probabilities, largest first, equal ones by index.
+
+    Returns:
+        The values in float64, and their indices, each (rows, size).
+    """
+    words = probabilities.shape[1]
+    # Bits of floats that are not negative order as the floats do. With the index below them no two keys are equal, and
+    # no library's choice among equal ones counts.
+    backwards = torch.arange(words - 1, -1, -1, device=probabilities.device)
+    keys = (probabilities.view(torch.int32).long() << 32) | backwards
+    indices = words - 1 - (keys.topk(size, dim=-1).values & 0xFFFFFFFF)
+    return probabilities.gather(1, indices).double(), indices
+
+
+def _drawn(values: torch.Tensor, indices: torch.Tensor, draws: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """One index of each row, drawn from the likeliest tokens whose mass reaches `top_p`; see `ranked`."""
     cumulative = values.cumsum(dim=-1)
-    whole = cumulative[:, -1:] if decoding.top_k else probabilities.sum(dim=-1, keepdim=True)
+    whole = cumulative[:, -1:] if decoding.top_k else torch.ones_like(draws)
     # The first place at which the mass reaches top_p is the last that may be drawn.
     last = torch.searchsorted(cumulative, decoding.top_p * whole).clamp(max=cumulative.shape[1] - 1)
     picks = torch.searchsorted(cumulative, draws * cumulative.gather(1, last), right=True)
-    return [int(token) for token in indices.gather(1, torch.minimum(picks, last))[:, 0].tolist()]
+    return indices.gather(1, torch.minimum(picks, last))[:, 0]
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,12 @@ def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
 def _reworded(text: str, words: Mapping[str, str]) -> str:
     """Replaces whole words and phrases, the longest first, whatever their case."""
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.sub(rf"\b(?:{pattern})\b", lambda found: words[found[0].lower()], text, flags=re.IGNORECASE)
+
+    def other(found: re.Match[str]) -> str:
+        # Letters such as the long s are matched for their plain ones and have another lower case; they stay.
+        return words.get(found[0].lower(), found[0])
+
+    return re.sub(rf"\b(?:{pattern})\b", other, text, flags=re.IGNORECASE)
 
 
 def _slang(text: str, rng: np.random.Generator) -> str:

@@ -155,10 +155,23 @@ class Samples:
     taken: list[dict[str, Any]] = field(default_factory=list)
     """The answers so far: step, number of the conversation, text."""
 
+    @property
+    def decoding(self) -> generation.Decoding:
+        """How they are answered."""
+        return generation.Decoding(max_new_tokens=self.max_new_tokens)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Make sure that all can be answered, before the model is trained.
+
+        Raises:
+            BadInput: one leaves no room for an answer in the model's context.
+        """
+        prompts = [generation.prompt_ids(self.tokenizer, conversation) for conversation in self.conversations]
+        generation.room_of(model, prompts, self.decoding, [f"samples[{i}]" for i in range(len(prompts))])
+
     def take(self, model: torch.nn.Module, step: int) -> None:
         """Answer all conversations with the model as it is."""
-        decoding = generation.Decoding(max_new_tokens=self.max_new_tokens)
-        texts = generation.generate(plain(model), self.tokenizer, self.conversations, decoding)
+        texts = generation.generate(plain(model), self.tokenizer, self.conversations, self.decoding)
         self.taken += [{"step": step, "conversation": i, "text": text} for i, text in enumerate(texts)]
 
 
@@ -349,6 +362,8 @@ def train(
     for key, every, given in asked:
         if every and not given:
             raise BadInput(f"sft.{key} is {every}, but no rows or prompts were named for it; name some, or set it to 0")
+    if samples is not None:
+        samples.check(model)
     facts = {"config": asdict(config), "seed": seed} | ({} if source is None else {"source": source.identity})
     identity = "" if scratch is None else run_identity(model, examples, facts)
     wrapped: torch.nn.Module = (

@@ -1,10 +1,13 @@
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from springhead.errors import BadInput
 from springhead.llm import generation, sft
 from springhead.llm.decoders import decoder_for
-from springhead.llm.generation import Decoding, answer_ids, generate
+from springhead.llm.generation import Decoding, answer_ids, choose, generate
 from springhead.llm.packing import encode_rows
 from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
 
@@ -53,9 +56,33 @@ def test_sampling_depends_on_seed_and_row_but_not_on_the_batch(model):
     assert len(set(runs[0][:3])) == 3
 
 
-def test_top_p_draws_only_from_the_nucleus_with_the_right_frequencies():
-    import numpy as np
+@pytest.mark.parametrize("rounded", [False, True], ids=["ties", "bfloat16"])
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 7}], ids=["top_p", "top_k"])
+def test_a_draw_is_the_same_beside_a_row_that_needs_the_whole_order(rounded: bool, cut: dict[str, Any]):
+    words = 4000
+    logits = torch.zeros(words)
+    logits[torch.arange(0, 2000, 50)] = 10.0
+    if rounded:
+        logits = (3 * torch.randn(words, generator=torch.Generator().manual_seed(0))).bfloat16().float()
+    flat, decoding = torch.zeros(words), Decoding(temperature=1.0, **cut)
+    alone = [choose(logits[None], decoding, [np.random.default_rng(k)])[0] for k in range(60)]
+    beside = [
+        choose(torch.stack([logits, flat]), decoding, [np.random.default_rng(k), np.random.default_rng(99)])[0]
+        for k in range(60)
+    ]
+    assert alone == beside
+    assert len(set(alone)) > 3
 
+
+def test_equal_probabilities_are_ranked_by_index():
+    shares = torch.tensor([[0.1, 0.3, 0.1, 0.3, 0.0, 0.2]])
+    values, indices = generation.ranked(shares, 4)
+    assert indices.tolist() == [[1, 3, 5, 0]]
+    assert values[0].tolist() == pytest.approx([0.3, 0.3, 0.2, 0.1])
+    assert generation.ranked(shares, 6)[1].tolist() == [[1, 3, 5, 0, 2, 4]]
+
+
+def test_top_p_draws_only_from_the_nucleus_with_the_right_frequencies():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     generators = [np.random.default_rng(k) for k in range(4000)]
     draws = generation.choose(logits.repeat(4000, 1), Decoding(temperature=1.0, top_p=0.75), generators)
@@ -118,8 +145,6 @@ def test_a_row_is_seeded_by_its_key_wherever_it_stands(model):
 
 
 def test_cuts_of_the_distribution_keep_the_right_frequencies():
-    import numpy as np
-
     shares = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
     generators = [np.random.default_rng(k) for k in range(3000)]
 
@@ -135,8 +160,6 @@ def test_cuts_of_the_distribution_keep_the_right_frequencies():
 
 
 def test_nucleus_wider_than_the_short_list_is_sorted_whole():
-    import numpy as np
-
     logits = torch.linspace(0, 0.5, 3000)[None]
     narrow, wide = (
         [

@@ -49,6 +49,12 @@ def test_a_frame_holds_the_prompt_word_for_word() -> None:
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("form", ["slang", "dialect", "technical"])
+@pytest.mark.parametrize("text", ["WHAT İS a houſe", "How do I uſe a key?"])
+def test_letters_whose_lower_case_is_another_letter_stay(text: str, form: str):
+    assert mutators.mutate(text, form, 0)
+
+
 def test_words_are_replaced_whole() -> None:
     text = mutators.mutate("Explain how youth and areas matter.", "slang", 0)
     assert "youth" in text

@@ -404,6 +404,15 @@ def test_samples_show_what_the_model_says_while_it_learns_and_survive_a_kill(exa
 
 
 @pytest.mark.fault
+def test_a_sample_prompt_beyond_the_context_is_named_before_training(examples):
+    model, steps = tiny_model(), []
+    words = " ".join(["Ana"] * (model.config.max_position_embeddings + 1))
+    samples = sft.Samples(tiny_tokenizer(), [ROWS[1]["prompt"], words])
+    with pytest.raises(BadInput, match=r"samples\[1\]: \d+ tokens leave no room"):
+        sft.train(model, examples, [], CONFIG, 0, samples=samples, log=lambda step, **_: steps.append(step))
+    assert not steps
+
+
 def test_a_checkpoint_of_other_settings_or_rows_is_not_continued(examples, tmp_path: Path):
     config = replace(CONFIG, steps=4, checkpoint_every=2)
     sft.train(tiny_model(), examples, [], config, 0, tmp_path)

@@ -383,12 +383,12 @@ def scores_of(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument("task", nargs="?", choices=sorted(TASKS))
-    parser.add_argument("--part", choices=["dev", "test"], default="test")
-    parser.add_argument("--methods", nargs="+", default=["base", *METHODS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("what", choices=["run", "table"], help="measure, or print what was measured")
+    parser.add_argument("task", nargs="?", choices=sorted(TASKS), help="what the models are asked")
+    parser.add_argument("--part", choices=["dev", "test"], default="test", help="whose problems are asked")
+    parser.add_argument("--methods", nargs="+", default=["base", *METHODS], help="default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     chosen = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if chosen.what == "table":

@@ -4,12 +4,18 @@ An unknown key, a missing key or a wrong type is an error that names the key, be
 parameter that is silently ignored is a false statement about how a model was made.
 """
 
+import argparse
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
+import json
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,18 +39,117 @@ def read_params(path: Path | str) -> dict[str, Any]:
     """Reads a parameter file.
 
     Raises:
-        BadInput: if it is missing, not valid YAML, or not a mapping.
+        BadInput: if it is missing, cannot be read, is not valid YAML, or not a mapping.
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         do = "restore it with `git checkout`" if Path(path).name == "params.yaml" else "check its name"
         raise BadInput(f"{path}: no such file; {do}") from None
-    except yaml.YAMLError as error:
+    except IsADirectoryError:
+        raise BadInput(f"{path}: is a folder; name a YAML file") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); name a YAML file that can") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not valid UTF-8 ({error}); write the file in UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that the calendar does not have
         raise BadInput(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path}: expected a mapping of parameters at the top level")
     return values
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings with ``key=value`` arguments in; a dot leads into a block.
+
+    Raises:
+        BadInput: an argument has no ``=``, its value is not valid YAML, or a key leads through something that is no
+            block.
+    """
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise BadInput(f"{override!r}: expected key=value, such as sft.learning_rate=1e-4")
+        *blocks, last = key.split(".")
+        place: Any = values
+        for block in blocks:
+            place = place.setdefault(block, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"{override!r}: {block} is no block of settings")
+        try:
+            place[last] = yaml.load(text, Loader=Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise BadInput(f"{override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    return values
+
+
+def from_command(cls: type[P], module: str, about: str, arguments: Sequence[str]) -> P:
+    """The settings of a command: a YAML file, and ``key=value`` arguments over it. ``--help`` lists the keys.
+
+    Args:
+        cls: the dataclass of the settings.
+        module: the command's module.
+        about: what it does.
+        arguments: of the command line; one that cannot be parsed ends the process with exit code 2.
+
+    Raises:
+        BadInput: the file, or a key of it, cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=about,
+        epilog="\n".join(["keys of the settings:", *keys_of(cls)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", help="YAML file with the keys below")
+    over = "put over the keys of the file; a dot leads into a block"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=over)
+    given = parser.parse_args(arguments)
+    return load(cls, with_overrides(read_params(given.settings), given.overrides), given.settings)
+
+
+def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yields lines that list the keys of a dataclass with their types, defaults and docstrings, blocks by dots."""
+    hints, docs = typing.get_type_hints(cls), _docs(cls)
+    for field in dataclasses.fields(cls):
+        kind, key = hints[field.name], prefix + field.name
+        yield f"  {key}: {_kind_name(kind)}{_default(field)}"
+        yield from textwrap.wrap(docs.get(field.name, ""), 104, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for block in (kind, *typing.get_args(kind)):
+            if isinstance(block, type) and dataclasses.is_dataclass(block):
+                yield from keys_of(block, f"{key}.")
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """The docstring below each attribute of a class; Python itself does not keep them."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    found = {}
+    for field, below in itertools.pairwise(node.body if isinstance(node, ast.ClassDef) else []):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return found
+
+
+def _kind_name(kind: Any) -> str:
+    """An annotated type in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_kind_name, arguments))
+    if origin is typing.Literal:
+        return ", ".join(map(str, arguments))
+    if origin in (tuple, list):
+        return f"list of {_kind_name(arguments[0])}" if arguments else "list"
+    if dataclasses.is_dataclass(kind):
+        return "block"
+    words = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """What a key has if it is not given, as it would be written."""
+    if field.default is not dataclasses.MISSING:
+        return f" = {json.dumps(field.default, default=str)}"
+    return "" if field.default_factory is not dataclasses.MISSING else " (needed)"
 
 
 def lookup(values: Mapping[str, Any], key: str, where: str) -> Any:

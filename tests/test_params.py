@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from springhead.errors import BadInput
-from springhead.params import load, lookup, overlay, read_params
+from springhead.params import from_command, keys_of, load, lookup, overlay, read_params, with_overrides
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,82 @@ def test_an_overlay_may_add_where_a_block_holds_what_differs_from_defaults() -> 
 def test_a_missing_key_is_named_to_the_level_where_it_ends() -> None:
     with pytest.raises(BadInput, match=r"missing key 'rl\.train'"):
         lookup({"rl": {}}, "rl.train.steps", "params.yaml")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is a folder; name a YAML file"),
+        (b"a: \xe9", "not valid UTF-8 ("),
+        (b"a: [", "not valid YAML: while parsing"),
+        (b"a: 2020-13-45", "not valid YAML: month must be in 1..12"),
+        (b"- a", "expected a mapping of parameters at the top level"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "p.yaml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        read_params(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("a", "expected key=value"),
+        ("=1", "expected key=value"),
+        ("a.b=1", "a is no block of settings"),
+        ("a=[", "the value is not valid YAML (while parsing a flow node did not find"),
+        ("a=2020-13-45", "the value is not valid YAML (month must be in 1..12)"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_named(override: str, message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        with_overrides({"a": 3}, [override])
+    assert str(caught.value).startswith(f"{override!r}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Listed:
+    steps: int
+    """How
+    many."""
+    bare: float = 0.5
+    # No docstring.
+    inner: Inner | None = None
+    """What lies within."""
+    mode: Literal["a", "b"] = "a"
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.unit
+def test_a_command_reads_its_file_and_what_is_put_over_it_and_lists_its_keys(tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.yaml").write_text("steps: 3\nnames: [x]\n")
+    given = [str(tmp_path / "p.yaml"), "inner.low=1e-3", "steps=4"]
+    assert from_command(Listed, "some.module", "Does 5 % of it.", given) == Listed(4, 0.5, Inner(0.001), "a", ("x",))
+    assert list(keys_of(Listed)) == [
+        "  steps: whole number (needed)",
+        "      How many.",
+        "  bare: number = 0.5",
+        "  inner: block or null = null",
+        "      What lies within.",
+        "  inner.low: number (needed)",
+        "  inner.high: number = 1.0",
+        '  mode: a, b = "a"',
+        "  names: list of text = []",
+    ]
+    with pytest.raises(SystemExit, match="0"):
+        from_command(Listed, "some.module", "Does 5 % of it.", ["--help"])
+    said = capsys.readouterr().out
+    assert "python -m some.module" in said
+    assert "Does 5 % of it." in said
+    assert "  inner.low: number (needed)\n" in said
+    with pytest.raises(SystemExit, match="2"):
+        from_command(Listed, "some.module", "", [])

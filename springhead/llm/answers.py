@@ -4,7 +4,7 @@
     out/shard-00000.jsonl   finished shards, written whole or not at all
     out/answers.jsonl       all answers in the order of the rows, when the last shard is done
 
-As a command: `python -m springhead.llm.answers answers.yaml`, with the keys of `Settings`.
+    python -m springhead.llm.answers answers.yaml [decoding.seed=1 ...]        # --help lists the keys
 
 A run that finds its own `run.json` goes on after the finished shards; another run's is refused. A row's draws are
 seeded by its id and the number of the sample, so its text depends neither on its shard nor on what else is asked.
@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
 from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import canonical, read_json, read_jsonl, write_json_atomic
 from springhead.lineage.digests import json_digest, tree_digest
 from springhead.llm import chat, generation, students
 from springhead.llm.generation import Answer, Conversation, Decoding, Key
-from springhead.params import load, read_params
+from springhead.llm.tokenizer import unknown_words
+from springhead.params import from_command
 from springhead.progress import Progress
 
 Row = Mapping[str, Any]
@@ -35,23 +38,36 @@ def conversation_of(row: Row) -> Conversation:
     """What a row asks: its `messages` without a final answer, or its `prompt`.
 
     Raises:
-        BadInput: it has neither, or nothing is left to answer.
+        BadInput: it has neither, a message is no message, or nothing is left to answer.
     """
-    messages = row.get("messages", row.get("prompt"))
-    if isinstance(messages, list):
-        messages = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
-    if not messages or not isinstance(messages, str | list):
-        raise BadInput(f"row {row.get('id', '(no id)')}: needs a 'prompt' or 'messages' to answer")
-    return messages
+    who = row.get("id", "(no id)")
+    given = asked_of(row)
+    last = given[-1] if isinstance(given, list) and given else None
+    asked = given[:-1] if isinstance(last, Mapping) and last.get("role") == "assistant" else given
+    if not asked or not isinstance(asked, str | list):
+        raise BadInput(f"row {who}: needs a 'prompt' or 'messages' to answer")
+    chat.messages_of({"id": who, "messages": generation.as_messages(asked)})
+    return asked
+
+
+def asked_of(row: Row) -> Any:
+    """A row's `messages`, or its `prompt` if they are absent or null, unchecked."""
+    return row.get("prompt") if row.get("messages") is None else row["messages"]
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file; one without an id gets its file's name and line as id.
 
     Raises:
-        BadInput: there are none, or an id is no text or is there twice.
+        BadInput: there are none, one is no conversation, or an id is no text or is there twice.
     """
-    rows: list[Row] = [{"id": f"{path.name}:{number}", **row} for number, row in enumerate(read_jsonl(path), start=1)]
+    rows: list[Row] = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        rows.append({"id": f"{path.name}:{number}", **row})
+        try:
+            conversation_of(rows[-1])
+        except BadInput as error:
+            raise BadInput(f"{path}:{number}: {error}") from error
     check_ids(rows, str(path))
     return rows
 
@@ -72,6 +88,40 @@ def check_ids(rows: Sequence[Row], where: str) -> None:
         if name in seen:
             raise BadInput(f"{where}: row {number}: the id {name!r} is that of row {seen[name]}; ids must be different")
         seen[name] = number
+
+
+def check_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
+    """Make sure that a model knows the words of every prompt and has room to answer it, before the first is answered.
+
+    Args:
+        rows: see `conversation_of`.
+        tokenizer: the model's, with a chat template.
+        context: tokens that the model can read and write, if there is a limit.
+
+    Raises:
+        BadInput: naming the first row that has to be changed.
+    """
+    prompts = []
+    for row in rows:
+        asked = generation.as_messages(conversation_of(row))
+        ids = chat.prompt_ids(tokenizer, asked)
+        prompts.append(ids)
+        if tokenizer.unk_token_id in ids and (words := unknown_words(tokenizer, [m["content"] for m in asked])):
+            raise BadInput(
+                f"row {row['id']}: words outside the tokenizer's vocabulary: {words}; use others, or another model"
+            )
+    generation.room_of(context, prompts, Decoding(), [str(row["id"]) for row in rows])
+
+
+def check_out(out: Path) -> None:
+    """Make sure that a folder is there or can be made, before anything is computed that is to be written there.
+
+    Raises:
+        BadInput: naming the part of the path that is no folder, or may not be written.
+    """
+    place = next(part for part in (out, *out.absolute().parents) if part.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(f"out {out}: {place} is no folder that can be written to; choose another")
 
 
 def write_answers(
@@ -195,7 +245,7 @@ def _write_whole(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to answer; the keys of the YAML file."""
+    """What to answer."""
 
     model: str
     """Folder of the model."""
@@ -235,12 +285,27 @@ def torch_engine(folder: Path, decoding: Decoding, device: students.Device, temp
     return lambda conversations, keys: generation.answer(model, tokenizer, conversations, decoding, keys=keys)
 
 
+def context_of(folder: Path) -> int | None:
+    """How many tokens the model of a folder can read and write, if there is a limit; it is not loaded for that.
+
+    Raises:
+        BadInput: its configuration cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / 'config.json'}: cannot be read ({error}); get the model again") from error
+    return generation.context_of(config)
+
+
 def run(settings: Settings) -> Path:
     """Answer as the settings say; returns the file of all answers."""
-    folder = Path(settings.model)
+    folder, out = Path(settings.model), Path(settings.out)
+    check_out(out)
     rows = read_rows(Path(settings.rows))
     tokenizer = students.load_tokenizer(folder)
     chat.use_template(tokenizer, settings.chat_template)
+    check_prompts(rows, tokenizer, context_of(folder))
     if settings.backend == "vllm":
         from springhead.llm.vllm_engine import VllmEngine
 
@@ -256,7 +321,7 @@ def run(settings: Settings) -> Path:
             tree_digest(folder),
             chat.template_digest(tokenizer),
             settings.decoding,
-            Path(settings.out),
+            out,
             samples=settings.samples,
             shard_rows=settings.shard_rows,
             backend=settings.backend,
@@ -267,10 +332,8 @@ def run(settings: Settings) -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    return exit_code_of(lambda: print(run(load(Settings, read_params(arguments[0]), arguments[0]))))
+    about = ("springhead.llm.answers", str(__doc__), arguments)
+    return exit_code_of(lambda: print(run(from_command(Settings, *about))))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ def ask(
         digest: of the model's folder.
         scratch: folder of this model's answers to these rows.
         progress: told about finished rows.
+
+    Raises:
+        BadInput: see `write_answers`; or a prompt leaves no room for an answer in the model's context.
     """
 
     def engine(
@@ -54,8 +57,9 @@ def ask(
     ) -> list[generation.Answer]:
         return generation.answer(model, tokenizer, conversations, decoding, keys=keys)
 
-    lengths = [len(generation.prompt_ids(tokenizer, conversation_of(row))) for row in rows]
-    longest_first = [rows[i] for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i))]
+    prompts = [generation.prompt_ids(tokenizer, conversation_of(row)) for row in rows]
+    generation.room_of(generation.context_of(model.config), prompts, decoding, [str(row["id"]) for row in rows])
+    longest_first = [rows[i] for i in sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))]
     scratch.mkdir(parents=True, exist_ok=True)
     path = write_answers(
         longest_first,

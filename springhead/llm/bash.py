@@ -20,6 +20,7 @@ our reading of it and beta, refresh and temperature are our choices; prompt, fir
 special tokens are never replaced (digits by option), nor is a special token put in; a share of each batch stays gold.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class BashConfig:
             "beta_from and beta_to must be in 0..1": 0 <= self.beta_from <= 1 and 0 <= self.beta_to <= 1,
             "share and start must be in 0..1": 0 <= self.share <= 1 and 0 <= self.start <= 1,
             "refresh and batch_rows must be at least 1": min(self.refresh, self.batch_rows) >= 1,
-            "temperature must not be negative": self.temperature >= 0,
+            "temperature must be at least 0, and finite": 0 <= self.temperature < math.inf,
             "tokens uniform goes with mixing one-pass": self.tokens == "own" or self.mixing == "one-pass",
         }
         for rule, holds in checks.items():

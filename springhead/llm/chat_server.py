@@ -10,6 +10,7 @@ machine and its users: no encryption, no passwords, and so only the local host u
 
 import argparse
 import json
+import math
 import queue
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from springhead.llm.generation import Answer, Decoding, answer, prompt_ids
 
 _LONGEST_BODY = 4 * 2**20
 _MOST_CHOICES = 64
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,17 @@ def _number(body: Mapping[str, Any], name: str, default: Any, kind: type) -> Any
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and int(value) != value):
+    if not _usable(value) or (kind is int and int(value) != value):
         raise BadInput(f"{name}: expected {'a whole number' if kind is int else 'a number'}, found {value!r}")
     return abs(int(value)) if name == "seed" else kind(value)
+
+
+def _usable(value: Any) -> bool:
+    """Whether a JSON value is a finite number; Python's reader takes NaN and Infinity as well."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def completion(body: Any, batcher: Batcher, name: str) -> dict[str, Any]:
@@ -168,7 +178,7 @@ def server(folder: Path, host: str, port: int, device: students.Device) -> Threa
     """A server that is bound but does not serve yet.
 
     Raises:
-        BadInput: not a safe model folder.
+        BadInput: not a safe model folder, or the address cannot be used.
     """
     model, tokenizer = students.load_to_ask(folder, device)
     batcher, name = Batcher(model, tokenizer), f"{folder.name}-{tree_digest(folder)[:12]}"
@@ -186,7 +196,12 @@ def server(folder: Path, host: str, port: int, device: students.Device) -> Threa
             if self.path.rstrip("/") != "/v1/chat/completions":
                 self._fail(404, f"{self.path}: not found; there are /v1/models and /v1/chat/completions")
                 return
-            length = int(self.headers.get("Content-Length") or 0)
+            given = self.headers.get("Content-Length") or "0"
+            if not (given.isascii() and given.isdigit()):  # a negative one would read until the client hangs up
+                self.close_connection = True
+                self._fail(400, f"Content-Length {given!r} is no number of bytes")
+                return
+            length = int(given)
             if length > _LONGEST_BODY:
                 self.close_connection = True
                 self._fail(413, f"the request is longer than {_LONGEST_BODY} bytes")
@@ -213,7 +228,12 @@ def server(folder: Path, host: str, port: int, device: students.Device) -> Threa
         def log_message(self, *_: Any) -> None:
             """Requests are not logged: prompts are nobody's business."""
 
-    return ThreadingHTTPServer((host, port), Handler)
+    try:
+        return ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as error:  # the second: no number of a port
+        raise BadInput(
+            f"cannot listen on host {host}, port {port} ({error}); choose another --host or --port"
+        ) from error
 
 
 @contextmanager
@@ -235,26 +255,35 @@ def found(name: str) -> Iterator[Path]:
         yield versions.download(root, home.home(root), name, target)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model folder, or models:/NAME@ALIAS")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", choices=["cpu", "cuda", "auto"], default="auto")
-    arguments = parser.parse_args()
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for everyone (%(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 takes any that is free (%(default)s)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda", "auto"], default="auto", help="auto takes a GPU where there is one"
+    )
+    given = parser.parse_args(arguments)
     try:
-        with found(arguments.model) as folder:
-            made = server(folder, arguments.host, arguments.port, arguments.device)
+        with found(given.model) as folder:
+            made = server(folder, given.host, given.port, given.device)
     except SpringheadError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"http://{arguments.host}:{made.server_address[1]}/v1", flush=True)
+    print(f"http://{given.host}:{made.server_address[1]}/v1", flush=True)
     try:
         made.serve_forever()
     except KeyboardInterrupt:
         made.server_close()
     return 0
+
+
+def _port(text: str) -> int:
+    """A port, refused here because the model may take minutes to load before it is used."""
+    if not text.isdecimal() or int(text) > _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; use 0 to {_LAST_PORT}")
+    return int(text)
 
 
 if __name__ == "__main__":

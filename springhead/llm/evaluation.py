@@ -65,11 +65,16 @@ def bootstrap(values: Sequence[float], seed: int, draws: int = 1000) -> tuple[fl
 def bootstrap_ratio(
     hits: Sequence[float], counts: Sequence[float], seed: int, draws: int = 1000
 ) -> tuple[float, float]:
-    """95 % percentile interval of sum(hits) / sum(counts) over problems; a draw that counts nothing gives 0."""
+    """95 % percentile interval of sum(hits) / sum(counts) over problems.
+
+    A draw that counts nothing has no ratio and is left out; (0, 1), as for `wilson`, where none counts anything.
+    """
     top, below = np.asarray(hits, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(len(top), size=(draws, len(top)))
-    ratios = top[picks].sum(axis=1) / np.maximum(below[picks].sum(axis=1), 1.0)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    sums, trials = top[picks].sum(axis=1), below[picks].sum(axis=1)
+    if not trials.any():
+        return 0.0, 1.0
+    low, high = np.quantile(sums[trials > 0] / trials[trials > 0], [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -103,7 +108,6 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
     right = [[row["right"] for row in group] for group in groups]
     modal = [_modal_share(group) for group in groups]
     worst = _share(all(flags) for flags in right)
-    wrong = _share(not any(flags) for flags in right)
     return {
         "accuracy": _share(row["right"] for row in rows),
         "vote": _share(_vote(group) for group in groups),
@@ -111,8 +115,8 @@ def over_variants(rows: Sequence[Graded]) -> dict[str, float]:
         "consistency": sum(modal) / len(modal) if modal else 0.0,
         "all_equal": _share(share == 1.0 for share in modal),
         "all_right": worst,
-        "mixed": 1.0 - worst - wrong if groups else 0.0,
-        "all_wrong": wrong,
+        "mixed": _share(any(flags) and not all(flags) for flags in right),
+        "all_wrong": _share(not any(flags) for flags in right),
     }
 
 
@@ -204,7 +208,7 @@ def split_metrics(rows: Sequence[Graded], seed: int) -> dict[str, Any]:
 def correction_intervals(
     problems: Sequence[str], before: Sequence[bool], after: Sequence[bool], seed: int
 ) -> dict[str, list[float]]:
-    """Intervals of the four rates of `springhead.llm.rac.rates`, re-drawing whole problems.
+    """Intervals of the four rates of `springhead.llm.rac.rates`, re-drawing whole problems; see `bootstrap_ratio`.
 
     Args:
         problems: the problem of each row.

@@ -2,8 +2,8 @@
 
 At place t of an answer: the loss (nats) of the reference token after the model's own first t - 1 tokens, minus its loss
 after the reference's. A model that says what the reference says has a gap of 0; teacher-forced training alone never
-sees the first of the two. Places after the model has ended its answer have no such prefix and do not count, on either
-side.
+sees the first of the two. Places after the model has ended its answer, or a stop text has, have no such prefix and do
+not count, on either side.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput
 from springhead.llm.evaluation import bootstrap_ratio
@@ -53,6 +53,7 @@ def runs(
     ends: Sequence[int],
     pad: int,
     keys: Sequence[Key] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Run]:
     """Let the model answer and measure the reference after what it said.
 
@@ -63,10 +64,17 @@ def runs(
         ends: end signs.
         pad: a token to pad with.
         keys: what each row's draws are seeded by.
+        tokenizer: the model's; for stop texts alone.
     """
+    if decoding.stop and tokenizer is None:
+        raise ValueError("stop texts need the tokenizer")
     parts = [split(example) for example in examples]
-    answers = answer_ids(model, [prompt for prompt, _ in parts], decoding, ends, pad, keys=keys)
-    pairs = [paired(prompt, reference, given.ids) for (prompt, reference), given in zip(parts, answers, strict=True)]
+    answers = answer_ids(model, [prompt for prompt, _ in parts], decoding, ends, pad, keys, tokenizer)
+    pairs = []
+    for (prompt, reference), given in zip(parts, answers, strict=True):
+        # The token that completed a stop text was the last one said, as an end sign is where there is one.
+        before_last = given.ids[:-1] if given.finish == "stop" else given.ids
+        pairs.append(paired(prompt, reference, before_last))
     losses = target_losses(model, [row for pair in pairs for row in pair])
     found = []
     for i, ((_, reference), given) in enumerate(zip(parts, answers, strict=True)):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput
 from springhead.llm import chat
@@ -37,10 +37,15 @@ class Decoding:
     """How to decode. Temperature 0 is greedy; `top_p` and `top_k` cut the tail of the distribution when sampling."""
 
     max_new_tokens: int = 128
+    """Longest answer."""
     batch_rows: int = 256
+    """Rows that are decoded together."""
     temperature: float = 0.0
+    """What logits are divided by; 0: always the likeliest token."""
     top_p: float = 1.0
+    """Draw from the fewest tokens that have this much of the probability."""
     seed: int = 0
+    """Of the draws."""
     top_k: int = 0
     """Draw from the so many likeliest tokens; 0 for all."""
     stop: tuple[str, ...] = ()
@@ -145,7 +150,7 @@ def answer_ids(
 
     `progress` is told about finished rows.
     """
-    room = room_of(model, prompts, decoding, keys)
+    room = room_of(context_of(model.config), prompts, decoding, keys)
     was_training = model.training
     model.eval()
     answers = [Answer([]) for _ in prompts]
@@ -165,15 +170,20 @@ def answer_ids(
     return answers
 
 
+def context_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model reads and writes together, if there is a limit."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def room_of(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], decoding: Decoding, keys: Sequence[Key] | None
+    context: int | None, prompts: Sequence[Sequence[int]], decoding: Decoding, keys: Sequence[Key] | None
 ) -> list[int]:
-    """How many tokens each answer may have: `max_new_tokens`, or what the model's context leaves.
+    """How many tokens each answer may have: `max_new_tokens`, or what the context leaves.
 
     Raises:
         BadInput: it leaves none to a row, which is named by its key.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return [decoding.max_new_tokens] * len(prompts)
     for number, prompt in enumerate(prompts):

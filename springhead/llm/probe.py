@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from springhead.errors import BadInput, SpringheadError
-from springhead.llm import chat, mend, students
+from springhead.llm import chat, generation, mend, students
 from springhead.llm.problems import Problem
 from springhead.llm.textrows import read_rows
 
@@ -60,8 +60,9 @@ def collect(
         batch: Texts at once.
 
     Raises:
-        BadInput: no problem has a redundant fact.
+        BadInput: no problem has a redundant fact, or one is longer than the model's context.
     """
+    context = generation.context_of(model.config)
     texts: list[list[int]] = []
     needed: list[bool] = []
     owner: list[int] = []
@@ -74,6 +75,11 @@ def collect(
             texts.append(start + tokenizer(fact, add_special_tokens=False)["input_ids"])
             needed.append(index < len(problem.statements))
             owner.append(number)
+        if context is not None and (longest := max(map(len, texts[-len(facts) :]))) > context:
+            raise BadInput(
+                f"problem {problem.id}: {longest} tokens with a fact repeated, the model's context is {context}; "
+                "remove it, or use a model with a longer context"
+            )
     if all(needed):
         raise BadInput("the probe needs problems with redundant facts; raise `redundant` of llm.problems")
     model.eval()
@@ -176,21 +182,48 @@ def table(models: Sequence[tuple[str, Sequence[Reading]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _chosen(path: Path, split: str | None) -> list[Problem]:
+    """The problems of a file, or of one split of it, that have redundant facts.
+
+    Raises:
+        BadInput: there are none.
+    """
+    problems = [p for row in read_rows(path, {"id": str}) if (p := Problem.from_row(row)).redundant]
+    if not problems:
+        raise BadInput(f"{path}: no problem has redundant facts; raise `redundant` of llm.problems")
+    chosen = [p for p in problems if split in (None, p.split)]
+    if not chosen:
+        there = ", ".join(sorted({p.split for p in problems}))
+        raise BadInput(f"{path}: no problem of split {split!r} has redundant facts; those of {there} have")
+    return chosen
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Probes model folders and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m springhead.llm.probe", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path, help="model folders")
     parser.add_argument("--problems", type=Path, required=True, help="JSONL of problems with redundant facts")
     parser.add_argument("--split", help="only this split")
-    parser.add_argument("--count", type=int, default=0, help="the first so many problems; 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+    parser.add_argument("--count", type=int, help="the first so many problems; all if not given")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the facts' order, the division of the problems and the intervals (%(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda", "auto"],
+        help="auto takes a GPU where there is one (%(default)s)",
+    )
     options = parser.parse_args(arguments)
+    if options.count is not None and options.count < 1:
+        parser.error(f"--count is {options.count}; use at least 1")
+    if options.seed < 0:
+        parser.error(f"--seed is {options.seed}; use at least 0")
     try:
-        problems = [Problem.from_row(row) for row in read_rows(options.problems, {"id": str})]
-        chosen = [p for p in problems if options.split in (None, p.split) and p.redundant][: options.count or None]
-        if not chosen:
-            raise BadInput(f"{options.problems}: no problem of split {options.split!r} has redundant facts")
+        chosen = _chosen(options.problems, options.split)[: options.count]
         readings = []
         for folder in options.models:
             model, tokenizer = students.load(folder, options.device)

@@ -66,7 +66,7 @@ class Problem:
         """Read a problem back from its JSON row.
 
         Raises:
-            BadInput: a field is missing or unknown, or the id is not the digest of the content.
+            BadInput: a field is missing, unknown or of a wrong type, or the id is not the digest of the content.
         """
         fields = set(Problem.__dataclass_fields__)
         wrong = sorted(fields.symmetric_difference(row))
@@ -74,12 +74,27 @@ class Problem:
             name = row.get("id", "(no id)")
             raise BadInput(f"problem {name}: missing or unknown fields {wrong}; re-run the problems stage")
         values = dict(row)
-        for name in ("parents", "statements", "redundant", "chain"):
-            values[name] = tuple(values[name])
+        for name, field in Problem.__dataclass_fields__.items():
+            value, kind = row[name], str(field.type)
+            if not _fits(value, kind):
+                needed = {"int": "a whole number", "str": "a text"}.get(kind, "a list of texts")
+                raise BadInput(
+                    f"problem {row['id']}: {name!r} must be {needed}, found {value!r}; re-run the problems stage"
+                )
+            values[name] = tuple(value) if isinstance(value, list) else value
         problem = Problem(**values)
         if json_digest(_content(problem)) != problem.id:
             raise BadInput(f"problem {problem.id}: its content was changed; re-run the problems stage")
         return problem
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of the type that a field of `Problem` is annotated with."""
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "str":
+        return isinstance(value, str)
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _content(problem: Problem) -> dict[str, Any]:

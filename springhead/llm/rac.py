@@ -15,6 +15,7 @@ chat template; y^ may be cut at a random token; the share of correction rows who
 a model shown its right answers alone would learn to repeat, and one shown none to change what is right.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from springhead.bounds import OutOfRange, at_least, fraction
 from springhead.errors import BadInput
 from springhead.llm import chat, generation
 from springhead.llm.mend import final_answer
@@ -66,18 +68,20 @@ class RacConfig:
     """Answers decoded together."""
 
     def __post_init__(self) -> None:
-        shares = (self.share, self.right_share, self.start)
+        fraction(self, "share", "right_share", "start")
+        at_least(1, self, "refresh", "max_new_tokens", "batch_rows")
+        at_least(0, self, "temperature", "plain_weight")
+        plain = self.plain_weight > 0
         checks = {
-            "share, right_share and start must be in 0..1": all(0 <= value <= 1 for value in shares),
-            "refresh must be at least 1": self.refresh >= 1,
+            "temperature and plain_weight must be finite": max(self.temperature, self.plain_weight) < math.inf,
             "an empty cue needs again": self.cue != "" or self.again,
-            "plain_weight must not be negative": self.plain_weight >= 0,
-            "plain_weight 0 needs share 1 and right_share 1, or batches could stay empty": self.plain_weight > 0
+            "plain_weight 0 needs share 1 and right_share 1, or batches could stay empty": plain
             or self.share == self.right_share == 1,
+            "plain_weight 0 needs start 0, since before start there are plain rows alone": plain or self.start == 0,
         }
         for rule, holds in checks.items():
             if not holds:
-                raise ValueError(rule)
+                raise OutOfRange(rule)
 
     def decoding(self, seed: int) -> generation.Decoding:
         """How a snapshot answers."""
@@ -153,7 +157,16 @@ def source(
     max_length: int,
     seed: int,
 ) -> "Rac":
-    """The source of a training run's batches; corrections have at most `max_length` tokens."""
+    """The source of a training run's batches; corrections have at most `max_length` tokens.
+
+    Raises:
+        BadInput: prompt tokens are trained too, or the cue cannot be put into the chat template.
+    """
+    if training.prompt_loss_weight:
+        raise BadInput(
+            f"sft.prompt_loss_weight is {training.prompt_loss_weight}, and rac would train the model's own answers and "
+            "the cue at that weight; set sft.prompt_loss_weight to 0, or train without rac"
+        )
     form = Form.of(model, tokenizer, config.cue, config.again)
     right = same_answer(tokenizer, form.ends)
     return Rac(examples, form, right, config, training.steps, training.batch_tokens, max_length, seed)
@@ -162,9 +175,10 @@ def source(
 class Rac:
     """Batches of plain rows and their corrections; a `springhead.llm.sft.Source`.
 
-    A prompt's plain and correction row share a batch. `state` holds the place in the stream of rows and counts answers
-    and right ones among them, correction rows and those that begin with a right answer, and corrections left out as
-    over-long. A row that no longer fits the last batch before a new snapshot is answered, and counted, once more.
+    A prompt's plain and correction row share a batch. `state` holds the place in the stream of rows, counts answers and
+    right ones among them, correction rows and those that begin with a right answer, and corrections left out as
+    over-long, and knows how many rows in succession have added nothing to a batch. A row that no longer fits the last
+    batch before a new snapshot is answered, and counted, once more.
     """
 
     def __init__(
@@ -178,7 +192,8 @@ class Rac:
         max_length: int,
         seed: int,
     ) -> None:
-        self.state = {"row": 0, "answered": 0, "answered_right": 0, "corrections": 0, "right": 0, "overlong": 0}
+        names = ("row", "answered", "answered_right", "corrections", "right", "overlong", "empty")
+        self.state = dict.fromkeys(names, 0)
         self._parts = [split(example) for example in examples]
         self._plain = [replace(example, weight=config.plain_weight) for example in examples]
         self._form, self._is_right, self._config = form, right, config
@@ -198,9 +213,7 @@ class Rac:
         batch: list[Example] = []
         used = 0
         while True:
-            known = self.state["overlong"]
-            chunk = self._chunk(count - len(filled))
-            for unit in self._units(model, chunk, corrected):
+            for unit in self._units(model, self._chunk(count - len(filled)), corrected):
                 size = sum(len(row.ids) for row in unit)
                 if batch and used + size > self._batch_tokens:
                     filled.append(batch)
@@ -209,9 +222,19 @@ class Rac:
                         return filled
                 batch += unit
                 used += size
-                self.state["row"] += 1
-            if self.state["overlong"] - known == len(chunk) and not self._config.plain_weight:
-                raise BadInput("rac: all corrections are longer than max_length; raise it, or lower max_new_tokens")
+                self._passed(unit)
+
+    def _passed(self, unit: Sequence[Example]) -> None:
+        """Goes on to the next row.
+
+        Raises:
+            BadInput: an epoch is over and none of its rows added anything, so that no batch would ever be filled.
+        """
+        state, rows = self.state, len(self._plain)
+        state["row"] += 1
+        state["empty"] = 0 if unit else state["empty"] + 1
+        if state["row"] % rows == 0 and state["empty"] >= rows:
+            raise BadInput("rac: all corrections are longer than max_length; raise it, or lower max_new_tokens")
 
     def _chunk(self, batches_left: int) -> list[int]:
         """The next rows of the stream, about as many as fill so many batches; each epoch is shuffled anew."""
@@ -324,12 +347,13 @@ def rates(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
 
     Returns:
         `plain` and `corrected`: shares of right answers; `wrong_to_right`: of the wrong ones, the share that became
-        right; `right_to_wrong`: of the right ones, the share that became wrong (0 where there are none).
+        right; `right_to_wrong`: of the right ones, the share that became wrong (0 where there are none; the interval
+        of `springhead.llm.evaluation.correction_intervals` then says that nothing is known).
     """
     pairs = list(zip(before, after, strict=True))
     if not pairs:
         raise BadInput("no answers to compare; the evaluation rows are empty")
-    wrong, right = ([b for a, b in pairs if a is flag] for flag in (False, True))
+    wrong, right = ([b for a, b in pairs if a == flag] for flag in (False, True))
     return {
         "plain": sum(before) / len(pairs),
         "corrected": sum(after) / len(pairs),

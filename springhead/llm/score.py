@@ -1,10 +1,10 @@
 """Score the answers of `springhead.llm.answers`: final answers, ROUGE, and the free-running gap.
 
-    python -m springhead.llm.score score.yaml
+    python -m springhead.llm.score score.yaml [seed=1 ...]        # --help lists the keys
 
-The keys of the file are those of `Settings`. Each row that was answered has `answer` (compared exactly with what
-follows "Answer:" in the text), `references` (ROUGE-1, -2 and -L, the best over them), or both. Writes, under `out`,
-`summary.json` (means over the rows with 95 % bootstrap intervals) and `rows.csv` (the figures of every answer).
+Each row that was answered has `answer` (compared exactly with what follows "Answer:" in the text), `references`
+(ROUGE-1, -2 and -L, the best over them), or both. Writes, under `out`, `summary.json` (means over the rows with 95 %
+bootstrap intervals) and `rows.csv` (the figures of every answer).
 """
 
 import sys
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from springhead.bounds import at_least
 from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import read_json, write_json
-from springhead.lineage.digests import json_digest, tree_digest
+from springhead.lineage.digests import file_digest, json_digest, tree_digest
 from springhead.llm import chat, freerunning, generation, rouge, students
-from springhead.llm.answers import Row, conversation_of, read_answers, read_rows
+from springhead.llm.answers import Row, asked_of, check_out, conversation_of, read_answers, read_rows
 from springhead.llm.evaluation import bootstrap
 from springhead.llm.mend import final_answer
 from springhead.llm.packing import encode
-from springhead.params import load, read_params
+from springhead.params import from_command
 from springhead.tables import write_csv
 
 _ASKED = ("model", "template", "decoding", "backend", "samples")
@@ -32,7 +33,7 @@ _NUMERICS = ("device", "dtype")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to score; the keys of the YAML file."""
+    """What to score."""
 
     answers: str
     """Folder that `springhead.llm.answers` wrote."""
@@ -52,22 +53,21 @@ class Settings:
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
-        if self.gap_rows < 0:
-            raise ValueError("gap_rows must not be negative")
+        at_least(0, self, "gap_rows", "seed")
         if bool(self.gap_rows) != bool(self.model):
             raise ValueError("the free-running gap needs both model and gap_rows; give both or none")
 
 
 def figures(row: Row, text: str) -> dict[str, float]:
-    """The figures of one answer, each in 0..1.
+    """The figures of one answer, each in 0..1; a null is taken as absent, because exported tables have nulls in gaps.
 
     Raises:
         BadInput: the row has nothing to compare with.
     """
     found: dict[str, float] = {}
-    if "answer" in row:
+    if row.get("answer") is not None:
         found["exact_match"] = float(final_answer(text) == str(row["answer"]))
-    references = row.get("references", [])
+    references = [] if row.get("references") is None else row["references"]
     if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
         raise BadInput(f"row {row['id']}: 'references' must be a list of texts")
     if references:
@@ -123,7 +123,7 @@ def free_running(settings: Settings, rows: Sequence[Row], run: Mapping[str, Any]
             "chat_template to the one in the answers' settings"
         )
     chosen = [with_reference(row) for row in rows[: settings.gap_rows]]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    context = generation.context_of(model.config) or tokenizer.model_max_length
     ends = generation.end_texts(model, tokenizer)
     examples = [encode(row, tokenizer, ends) for row in chosen]
     for row, example in zip(chosen, examples, strict=True):
@@ -136,7 +136,7 @@ def free_running(settings: Settings, rows: Sequence[Row], run: Mapping[str, Any]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     end_ids = generation.end_ids(model, tokenizer)
     keys = [f"{row['id']}/0" for row in chosen]  # the draws of the first sample
-    found = freerunning.runs(model, examples, generation.Decoding(**asked), end_ids, int(pad), keys)
+    found = freerunning.runs(model, examples, generation.Decoding(**asked), end_ids, int(pad), keys, tokenizer)
     return freerunning.summary(found, settings.seed)
 
 
@@ -149,7 +149,7 @@ def with_reference(row: Row) -> Row:
         BadInput: it has none of them.
     """
     asked = generation.as_messages(conversation_of(row))
-    given = row.get("messages", row.get("prompt"))
+    given = asked_of(row)
     answer = given[len(asked) :] if isinstance(given, list) else []
     answer = answer or row.get("completion") or [*(row.get("references") or []), ""][0]
     if isinstance(answer, str):
@@ -168,7 +168,8 @@ def score(settings: Settings) -> dict[str, Any]:
     Raises:
         BadInput: the answers are incomplete, changed or of other rows, or a row has nothing to compare with.
     """
-    path, folder = Path(settings.rows), Path(settings.answers)
+    path, folder, out = Path(settings.rows), Path(settings.answers), Path(settings.out)
+    check_out(out)
     rows = read_rows(path)
     run = read_json(folder / "run.json")
     if json_digest([{"id": row["id"], "asked": conversation_of(row)} for row in rows]) != run.get("rows"):
@@ -180,10 +181,10 @@ def score(settings: Settings) -> dict[str, Any]:
     lines = [(str(a["parents"][0]), figures(by_id[a["parents"][0]], a["text"])) for a in answers]
     summary: dict[str, Any] = {name: run[name] for name in (*_ASKED, *_NUMERICS) if name in run}
     summary |= {"answers": len(answers), "cut": sum(a["finish"] == "length" for a in answers) / len(answers)}
+    summary["rows"] = file_digest(path)
     summary["scores"] = means(lines, settings.seed)
     if settings.gap_rows:
         summary["free_running"] = free_running(settings, rows, run)
-    out = Path(settings.out)
     write_json(out / "summary.json", summary)
     names = list(summary["scores"])
     table = [
@@ -196,12 +197,9 @@ def score(settings: Settings) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
 
     def command() -> None:
-        summary = score(load(Settings, read_params(arguments[0]), arguments[0]))
+        summary = score(from_command(Settings, "springhead.llm.score", str(__doc__), arguments))
         for name, found in summary["scores"].items():
             print(f"{name} {found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f}, {found['rows']} rows)")
 

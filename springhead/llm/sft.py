@@ -167,7 +167,8 @@ class Samples:
             BadInput: one leaves no room for an answer in the model's context.
         """
         prompts = [generation.prompt_ids(self.tokenizer, conversation) for conversation in self.conversations]
-        generation.room_of(model, prompts, self.decoding, [f"samples[{i}]" for i in range(len(prompts))])
+        names = [f"samples[{i}]" for i in range(len(prompts))]
+        generation.room_of(generation.context_of(model.config), prompts, self.decoding, names)
 
     def take(self, model: torch.nn.Module, step: int) -> None:
         """Answer all conversations with the model as it is."""

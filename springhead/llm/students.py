@@ -188,7 +188,7 @@ def check_context(model: PreTrainedModel, max_length: int, key: str = "max_lengt
     Raises:
         BadInput: they do not fit.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = generation.context_of(model.config)
     if context is not None and max_length > context:
         raise BadInput(f"{key} is {max_length}, but the model's context is {context} tokens; lower it")
 

@@ -176,7 +176,10 @@ def _write(asked: argparse.Namespace) -> None:
         rows = rows[asked.skip : asked.skip + asked.take if asked.take else None]
     if not rows:
         raise BadInput(f"{asked.task}: no rows left; lower --skip")
-    write_jsonl(asked.out, rows)
+    try:
+        write_jsonl(asked.out, rows)
+    except OSError as error:  # a folder, or a path through a file
+        raise BadInput(f"{asked.out}: cannot be written ({error.strerror}); name another file") from error
     print(f"{asked.out}: {len(rows)} rows")
 
 

@@ -1,6 +1,6 @@
 """Fine-tune any model on any conversations, outside the pipeline.
 
-    python -m springhead.llm.tune tune.yaml [sft.learning_rate=1e-4 ...]
+    python -m springhead.llm.tune tune.yaml [sft.learning_rate=1e-4 ...]       # --help lists the keys
     torchrun --nproc-per-node 2 -m springhead.llm.tune tune.yaml
 
 Needs a model folder (safetensors), or a pinned model of the hub, and rows as JSON lines, with `messages`, or `prompt`
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from springhead.bounds import above_zero, at_least, fraction
@@ -27,12 +26,13 @@ from springhead.errors import BadInput, exit_code_of
 from springhead.jsonio import write_json, write_jsonl
 from springhead.lineage.digests import file_digest, tree_digest
 from springhead.llm import bash, chat, generation, parallel, rac, sft, students
+from springhead.llm.answers import check_out
 from springhead.llm.bash import BashConfig
 from springhead.llm.history import write_history
 from springhead.llm.overlap import Overlap, Policy, overlaps, refuse
 from springhead.llm.packing import Example, Overlong, encode_rows, read_conversations
 from springhead.llm.rac import RacConfig
-from springhead.params import Loader, load, read_params
+from springhead.params import from_command
 from springhead.progress import Progress
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors")
@@ -78,30 +78,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         at_least(1, self, "max_length", "sample_tokens")
+        at_least(0, self, "seed")
         above_zero(self, "overlap_similarity")
         fraction(self, "overlap_similarity")
         if self.bash is not None and self.rac is not None:
             raise ValueError("bash and rac are two methods; choose one")
-
-
-def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The settings with `key=value` arguments in; a dot leads into a block.
-
-    Raises:
-        BadInput: an argument has no `=`, or a key leads through something that is no block.
-    """
-    for override in overrides:
-        key, sign, text = override.partition("=")
-        if not sign or not key:
-            raise BadInput(f"{override!r}: expected key=value, such as sft.learning_rate=1e-4")
-        *blocks, last = key.split(".")
-        place: Any = values
-        for block in blocks:
-            place = place.setdefault(block, {})
-            if not isinstance(place, dict):
-                raise BadInput(f"{override!r}: {block} is no block of settings")
-        place[last] = yaml.load(text, Loader=Loader)
-    return values
 
 
 @dataclass(frozen=True)
@@ -140,12 +121,13 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
     """Train and write; see the module.
 
     Raises:
-        BadInput: model, rows, template or settings cannot be used.
+        BadInput: model, rows, template, settings or folder cannot be used.
         Finding: training diverged.
     """
     out = Path(settings.out)
     if (out / "run.json").exists():
         raise BadInput(f"{out}: holds a finished run; choose another folder or remove it")
+    check_out(out)
     base = Path(settings.model) if isinstance(settings.model, str) else students.pinned("model", settings.model)
     model, tokenizer = students.load(base, "cpu")
     parent = tree_digest(base)
@@ -193,13 +175,9 @@ def tune(settings: Settings, world: parallel.World, device: torch.device) -> Non
 
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
 
     def command() -> None:
-        where = arguments[0]
-        settings = load(Settings, with_overrides(read_params(where), arguments[1:]), where)
+        settings = from_command(Settings, "springhead.llm.tune", str(__doc__), arguments)
         with parallel.joined(students.pick_device(settings.device)) as (world, device):
             tune(settings, world, device)
 

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from springhead.errors import BadInput
+from springhead.jsonio import write_jsonl
 from springhead.lineage.digests import tree_digest
 from springhead.llm import answers, students, vllm_engine
 from springhead.llm.answers import read_answers, torch_engine, write_answers
@@ -181,3 +182,78 @@ def test_vllm_is_asked_for_what_the_torch_back_end_does() -> None:
         "skip_special_tokens": True,
     }  # fmt: skip
     assert engine.read(Output) == Answer([5, 6], "Yes.", "end")
+
+
+@pytest.fixture
+def request_file(model: Path, tmp_path: Path) -> Path:
+    """Settings that ask rows.jsonl."""
+    settings = {"model": str(model), "rows": str(tmp_path / "rows.jsonl"), "out": str(tmp_path / "out"),
+                "decoding": {"max_new_tokens": 5}, "device": "cpu"}  # fmt: skip
+    (tmp_path / "answers.yaml").write_text(yaml.safe_dump(settings))
+    write_jsonl(tmp_path / "rows.jsonl", ASKED)
+    return tmp_path / "answers.yaml"
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test as soon as a model is loaded."""
+    monkeypatch.setattr(students, "load_to_ask", lambda *_: pytest.fail("the model was loaded"))
+
+
+USER = {"role": "user", "content": "Cal has 4 nuts."}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": ["hi"]}, "rows.jsonl:2: row rows.jsonl:2: message 0 must have role and content, found 'hi'"),
+        ({"prompt": ["hi"]}, "rows.jsonl:2: row rows.jsonl:2: message 0 must have role and content, found 'hi'"),
+        ({"id": "x", "messages": [{"content": "hi"}]}, "rows.jsonl:2: row x: message 0 must have role and content"),
+        ({"id": "x", "messages": [USER, {"role": "user"}]}, "rows.jsonl:2: row x: message 1 must have role and"),
+        ({"id": "x", "messages": [{**USER, "role": "banana"}]}, "rows.jsonl:2: row x: message 0 has the role 'banana'"),
+        (
+            {"id": "x", "messages": [{**USER, "content": []}]},
+            "row x: the content of message 0 must be text, found list",
+        ),
+        ({"id": "x", "question": "?"}, "rows.jsonl:2: row x: needs a 'prompt' or 'messages' to answer"),
+        ({"id": "x", "prompt": "Cal has 4 Feigen."}, "row x: words outside the tokenizer's vocabulary: ['Feigen']"),
+        ({"id": "x", "prompt": "Ana " * 600}, "row x: 601 tokens leave no room in the model's context of 512 for an"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_named_before_the_model_is_loaded(
+    request_file: Path, unloaded: None, capsys, row: dict[str, object], reason: str
+) -> None:
+    write_jsonl(request_file.with_name("rows.jsonl"), [ASKED[0], row])
+    assert answers.main([str(request_file)]) == 2
+    assert reason in capsys.readouterr().err
+    assert not request_file.with_name("out").exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("decoding.seed=-1", "seed must not be negative"),
+        ("decoding.sed=1", "decoding.sed: unknown parameter; did you mean 'seed'?"),
+        ("rows", "'rows': expected key=value"),
+        ("out={folder}/rows.jsonl", "rows.jsonl is no folder that can be written to; choose another"),
+        ("out={folder}/rows.jsonl/deeper", "rows.jsonl is no folder that can be written to; choose another"),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_named(
+    request_file: Path, unloaded: None, capsys, override: str, reason: str
+) -> None:
+    assert answers.main([str(request_file), override.format(folder=request_file.parent)]) == 2
+    assert reason in capsys.readouterr().err
+    assert not request_file.with_name("out").exists()
+
+
+def test_keys_are_put_over_those_of_the_file(request_file: Path) -> None:
+    assert answers.main([str(request_file), "decoding.seed=4", "shard_rows=3"]) == 0
+    run = json.loads(request_file.with_name("out").joinpath("run.json").read_text())
+    assert (run["decoding"]["seed"], run["decoding"]["max_new_tokens"], run["shard_rows"]) == (4, 5, 3)
+
+
+def test_null_messages_are_absent() -> None:
+    assert answers.conversation_of({"id": "x", "messages": None, "prompt": "Why?"}) == "Why?"

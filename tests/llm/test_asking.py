@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from springhead.errors import BadInput
 from springhead.llm import asking, freerunning, generation, students
 from springhead.llm.packing import encode_rows
 from tests.llm.tiny import ROWS, save_tiny
@@ -41,3 +42,12 @@ def test_what_was_made_once_is_read(tmp_path: Path) -> None:
 
     assert [asking.kept(tmp_path / "a/b.json", make) for _ in range(2)] == [[3, 4], [3, 4]]
     assert len(calls) == 1
+
+
+@pytest.mark.fault
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_answered(tmp_path: Path) -> None:
+    model, tokenizer = students.load(save_tiny(tmp_path / "tiny"))
+    rows = [*ROWS, {"id": "x", "prompt": "Ana " * 600}]
+    with pytest.raises(BadInput, match=r"row x: 601 tokens leave no room in the model's context of 512"):
+        asking.ask(rows, model, tokenizer, generation.Decoding(8), "d1", tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()

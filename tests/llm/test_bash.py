@@ -193,6 +193,9 @@ def test_methods_share_their_settings():
     assert of_method("scheduled", config) == replace(config, refresh=1)
     with pytest.raises(ValueError, match=r"beta_from and beta_to must be in 0\.\.1"):
         BashConfig(beta_to=1.5)
+    for temperature in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature must be at least 0, and finite"):
+            BashConfig(temperature=temperature)
     with pytest.raises(ValueError, match="tokens uniform goes with mixing one-pass"):
         BashConfig(tokens="uniform", mixing="sequential")
 

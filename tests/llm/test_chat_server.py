@@ -1,4 +1,6 @@
+import http.client
 import json
+import math
 import shutil
 import threading
 import urllib.error
@@ -89,6 +91,9 @@ def test_the_same_request_has_the_same_answer_alone_and_in_company(address: str)
         ({"messages": [{"role": "bot", "content": "x"}]}, "has the role 'bot'"),
         (question(0, temperature="hot"), "temperature: expected a number"),
         (question(0, max_tokens=1.5), "max_tokens: expected a whole number"),
+        (question(0, max_tokens=math.inf), "max_tokens: expected a whole number, found inf"),
+        (question(0, temperature=math.nan), "temperature: expected a number, found nan"),
+        (question(0, temperature=10**400), "temperature: expected a number, found 1000"),
         (question(0, max_tokens=0), "max_new_tokens and batch_rows must be at least 1"),
         (question(0, n=1000), "n: must be in 1..64"),
         (question(0, stop=3), "stop: expected a text"),
@@ -132,3 +137,27 @@ def test_an_alias_of_the_registry_is_downloaded_checked_and_served(
     assert answer["model"] == f"mend-tiny-{tree_digest(folder)[:12]}"
     with chat_server.found(str(folder)) as got:
         assert got == folder
+
+
+@pytest.mark.fault
+def test_an_address_that_cannot_be_used_is_one_line(folder: Path, address: str, capsys) -> None:
+    assert chat_server.main([str(folder), "--device", "cpu", "--port", address.rpartition(":")[2]]) == 2
+    said = capsys.readouterr().err
+    assert "error: cannot listen on host 127.0.0.1, port" in said
+    assert said.count("\n") == 1
+    for port in ("99999", "-1", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            chat_server.main(["nowhere", "--port", port])
+        assert f"{port!r} is no port; use 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["-5", "many", "²"])
+def test_a_length_that_is_no_number_is_refused_at_once(address: str, length: str) -> None:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Length", length.encode("utf-8"))
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert "is no number of bytes" in json.load(answer)["error"]["message"]
+    connection.close()

@@ -65,6 +65,12 @@ def test_worst_case_consistency_and_histogram_by_hand():
     assert figures["all_equal"] == pytest.approx(3 / 4)
 
 
+def test_no_mixed_problem_is_none_at_all_and_not_what_rounding_leaves():
+    whole = [row(f"p{i}", order, "5" if i < 9 else "4") for i in range(10) for order in ORDERS]
+    assert evaluation.over_variants(whole)["mixed"] == 0.0
+    assert evaluation.over_variants([])["mixed"] == 0.0
+
+
 def test_split_metrics_by_order_ops_and_redundancy():
     redundant = [row(p, order, "1", redundancy=2) for p in "abcd" for order in ORDERS]
     metrics = evaluation.model_metrics([*GRADED, *redundant], seed=0)["id"]
@@ -125,7 +131,21 @@ def test_intervals_of_correction_redraw_whole_problems():
     mixed = evaluation.correction_intervals([f"p{i}" for i in range(80)], before, after, 0)
     low, high = mixed["wrong_to_right"]
     assert low < 0.5 < high
-    assert evaluation.correction_intervals(["a"], [True], [True], 0)["wrong_to_right"] == [0.0, 0.0]
+
+
+def test_the_interval_of_a_rate_of_nothing_says_that_nothing_is_known():
+    assert evaluation.bootstrap_ratio([0, 0], [0, 0], 0) == evaluation.wilson(0, 0) == (0.0, 1.0)
+    found = evaluation.correction_intervals(["a", "b"], [True, True], [True, True], 0)
+    assert found["wrong_to_right"] == [0.0, 1.0]
+    assert found["right_to_wrong"] == [0.0, 0.0]
+
+
+def test_draws_that_count_nothing_are_left_out_of_the_interval_of_a_ratio():
+    # Of ten problems one has wrong answers, and all of them became right: every draw with any of them says 1.
+    assert evaluation.bootstrap_ratio([2] + [0] * 9, [2] + [0] * 9, 0) == (1.0, 1.0)
+    problems_of = [f"p{i}" for i in range(10)]
+    before = [i > 0 for i in range(10)]
+    assert evaluation.correction_intervals(problems_of, before, [True] * 10, 0)["wrong_to_right"] == [1.0, 1.0]
 
 
 def test_intervals():

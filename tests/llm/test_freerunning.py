@@ -1,15 +1,20 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from springhead.errors import BadInput
-from springhead.llm import freerunning, rac, sft
+from springhead.jsonio import write_jsonl
+from springhead.llm import answers, freerunning, rac, score, sft
 from springhead.llm.freerunning import Run, paired
 from springhead.llm.generation import Decoding
 from springhead.llm.packing import Example, encode_rows
 from springhead.llm.sft import SftConfig
 from springhead.llm.teacher import target_losses
-from tests.llm.tiny import ENDS, ROWS, tiny_model, tiny_tokenizer
+from springhead.params import load
+from tests.llm.tiny import ENDS, ROWS, save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 EOS = 1
@@ -58,6 +63,40 @@ def test_a_model_that_says_the_reference_has_no_gap(examples):
     assert figures["agreement"] == 1.0
     assert figures["gap"] == pytest.approx(0.0, abs=1e-5)
     assert figures["places"] == sum(len(rac.split(example)[1]) for example in examples)
+
+
+def test_places_after_a_stop_text_do_not_count(examples):
+    config = SftConfig(steps=80, batch_tokens=200, learning_rate=1e-2)
+    trained, _ = sft.train(tiny_model(), examples, [], config, 0)
+    tokenizer = tiny_tokenizer()
+    ((whole,), (stopped,)) = (
+        freerunning.runs(trained, examples[1:2], Decoding(24, stop=stop), [EOS], 0, tokenizer=tokenizer)
+        for stop in ((), ("Answer:",))
+    )
+    said = tokenizer.decode(list(stopped.answer))
+    assert said.endswith("Answer:")
+    assert len(stopped.gold) == len(stopped.answer) < len(whole.gold)  # nothing is said after the stop text
+    assert stopped.agrees.all()
+    np.testing.assert_allclose(stopped.own, whole.own[: len(stopped.own)], atol=1e-5)
+    with pytest.raises(ValueError, match="stop texts need the tokenizer"):
+        freerunning.runs(trained, examples, Decoding(24, stop=("Answer:",)), [EOS], 0)
+
+
+def test_the_gap_of_scored_answers_ends_where_their_stop_texts_do(tmp_path: Path):
+    folder = save_tiny(tmp_path / "tiny", spread=0.6)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": r["prompt"], "references": [r["completion"]]} for r in ROWS])
+    names = {name: str(tmp_path / name) for name in ("rows.jsonl", "answers", "scores")}
+    places = []
+    for stop in ([], [" "]):  # a space is part of the text as soon as there are two words
+        asked = {"model": str(folder), "rows": names["rows.jsonl"], "out": names["answers"], "device": "cpu"}
+        asked |= {"decoding": {"max_new_tokens": 9, "stop": stop}}
+        answers.run(load(answers.Settings, asked, "answers.yaml"))
+        settings = score.Settings(
+            names["answers"], names["rows.jsonl"], names["scores"], str(folder), gap_rows=4, device="cpu"
+        )
+        places.append(score.score(settings)["free_running"]["places"])
+        shutil.rmtree(names["answers"])
+    assert places[1] <= 3 * len(ROWS) < places[0]
 
 
 def test_the_gap_by_hand():

@@ -1,14 +1,28 @@
 """The benchmark of MEND's methods: the same problems for all, and nothing of the evaluation in training."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.mend_methods import MEND, MEND_ROWS, METHODS, PARAPHRASE, RC, SETTING, SFT, SPLITS, asked, training
-from springhead.llm import problems
+from benchmarks.mend_methods import (
+    MEND,
+    MEND_ROWS,
+    METHODS,
+    NAMES,
+    PARAPHRASE,
+    RC,
+    SETTING,
+    SFT,
+    SPLITS,
+    asked,
+    training,
+)
+from springhead.llm import problems, solver
 from springhead.llm.problems import facts_key
 
 pytestmark = pytest.mark.unit
+CHANGED = ("prompt", "completion")
 SMALL = replace(SETTING, problems=80, asked=20)
 
 
@@ -47,6 +61,7 @@ def test_what_is_asked_was_never_trained_on_and_the_parts_share_nothing(rows):
             prompts.setdefault(row["parents"][0], set()).add(row["prompt"])
         # Two statements have two orders only; from three on the four asked differ.
         assert {len(given) for given in prompts.values()} == {2, 4}
+        assert_the_same_in_other_names(found["order"], found["ood-names"])
         assert not {row["prompt"] for made in found.values() for row in made} & {
             row["prompt"] for method in METHODS[1:] for row in rows[method]
         }
@@ -54,3 +69,20 @@ def test_what_is_asked_was_never_trained_on_and_the_parts_share_nothing(rows):
     for ops in (SMALL.spec.ops_max, SMALL.spec.ops_max + 1):
         drawn = problems.generate(4 * SMALL.asked, 2, replace(SMALL.spec, ops_max=ops, depth_max=ops, split="id"))
         assert not trained & {facts_key(p) for p in drawn}
+
+
+def assert_the_same_in_other_names(rows, renamed):
+    holders = problems.vocabularies()["market"].holders
+    trained, others = holders[:NAMES], holders[NAMES : 2 * NAMES]
+    back = dict(zip(others, trained, strict=True))
+    for row, other in zip(rows, renamed, strict=True):
+        words = set(re.findall(r"\w+", other["prompt"] + other["completion"]))
+        assert words & set(others)
+        assert not words & set(trained)
+        told = {key: re.sub(r"\w+", lambda word: back.get(word[0], word[0]), other[key]) for key in CHANGED}
+        assert told == {key: row[key] for key in CHANGED}
+        # The solver comes to the same: names do not change what the facts lead to.
+        assert solver.solve(*solver.split_text(other["prompt"])) == row["answer"]
+        assert other["id"] != row["id"]
+        kept = row.keys() - {"id", "split", *CHANGED}
+        assert {key: other[key] for key in kept} == {key: row[key] for key in kept}

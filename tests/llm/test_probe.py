@@ -80,9 +80,29 @@ def test_by_command_and_its_errors(tmp_path: Path, capsys: pytest.CaptureFixture
     assert probe.main([*given, "--split", "id"]) == 0
     assert capsys.readouterr().out.count("(") == 3
     assert probe.main([*given, "--split", "other"]) == 2
-    assert "no problem of split 'other' has redundant facts" in capsys.readouterr().err
+    assert "no problem of split 'other' has redundant facts; those of id have" in capsys.readouterr().err
     assert probe.main([*given, "--count", "1"]) == 2
     assert "too few for the probe" in capsys.readouterr().err
     bare = [replace(p, redundant=()) for p in drawn]
     with pytest.raises(BadInput, match="needs problems with redundant facts"):
         probe.collect(tiny_model(), tiny_tokenizer(), bare, 0)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [("--count", "-2", "use at least 1"), ("--count", "0", "use at least 1"), ("--seed", "-1", "use at least 0")],
+)
+def test_a_number_out_of_range_is_refused(tmp_path: Path, capsys, option: str, value: str, reason: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        probe.main([str(tmp_path), "--problems", str(tmp_path / "eval.jsonl"), option, value])
+    assert f"{option} is {value}; {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_a_problem_beyond_the_models_context_is_named() -> None:
+    (drawn,) = problems.generate(1, 0, SPEC)
+    with pytest.raises(
+        BadInput, match=rf"problem {drawn.id}: \d+ tokens with a fact repeated, .* context is 16; remove"
+    ):
+        probe.collect(tiny_model(max_position_embeddings=16), tiny_tokenizer(), [drawn], 0)

@@ -193,3 +193,21 @@ def test_asking_for_more_than_there_are_says_so() -> None:
     spec = ProblemSpec(("market",), ("more",), 1, 1, depth_max=1, holders=3, redundant=0, max_constant=2, max_step=2)
     with pytest.raises(BadInput, match=r"found only \d+ of 100000"):
         problems.generate(100_000, 0, spec)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("field", "value", "needed"),
+    [
+        ("statements", None, "a list of texts"),
+        ("statements", "abc", "a list of texts"),
+        ("redundant", 3, "a list of texts"),
+        ("chain", [1], "a list of texts"),
+        ("ops", "2", "a whole number"),
+        ("split", 3, "a text"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(field: str, value: object, needed: str) -> None:
+    (problem,) = problems.generate(1, 0, ProblemSpec())
+    with pytest.raises(BadInput, match=f"problem {problem.id}: '{field}' must be {needed}, found"):
+        Problem.from_row({**problem.to_row(), field: value})

@@ -1,9 +1,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from springhead.bounds import OutOfRange
 from springhead.errors import BadInput
 from springhead.llm import chat, generation, rac, sft
 from springhead.llm.packing import Example, encode, encode_rows, pack
@@ -214,9 +216,61 @@ def test_over_long_corrections_are_left_out_and_counted(examples, form):
     _, fixed = rows_of(rows.next_batches(tiny_model(), 0))
     assert not fixed
     assert rows.state["overlong"] > 0
-    only = replace(CONFIG, plain_weight=0.0, right_share=1.0)
-    with pytest.raises(BadInput, match="all corrections are longer than max_length"):
-        source(examples, form, only, max_length=5).next_batches(tiny_model(), 0)
+
+
+ALONE = replace(CONFIG, plain_weight=0.0, right_share=1.0, refresh=1)
+"""Corrections without plain rows, a batch at a time."""
+TOO_LONG = "all corrections are longer than max_length"
+
+
+def test_a_whole_pass_without_a_correction_that_fits_is_refused(examples, form):
+    rows = source(examples, form, ALONE, max_length=5)
+    with pytest.raises(BadInput, match=TOO_LONG):
+        rows.next_batches(tiny_model(), 0)
+    assert rows.state["overlong"] == len(examples)
+
+
+def test_a_few_over_long_corrections_in_succession_are_passed_over(examples, form):
+    # One row in thirty has a correction that fits; as many as are answered together often have none.
+    many = [examples[1], *[examples[2]] * 29]
+    longest = 2 * len(examples[1].ids) + CONFIG.max_new_tokens + len(form.cue)
+    assert longest < len(examples[2].ids) + len(rac.split(examples[2])[1])
+    rows = source(many, form, replace(ALONE, refresh=4), max_length=longest)
+    _, fixed = rows_of(rows.next_batches(tiny_model(), 0))
+    assert fixed
+    assert rows.state["corrections"] - len(fixed) in (0, 1)
+    assert rows.state["overlong"] > 3 * len(many)
+
+
+def test_rows_without_a_correction_that_fits_are_counted_from_call_to_call(examples, form, monkeypatch):
+    fits, row = set(range(4)) | {6}, Example((5,) * 40, (True,) * 40)  # four make a batch
+
+    def started(state) -> Rac:
+        made = source(examples, form, ALONE)
+        made.state.update(state)
+        monkeypatch.setattr(
+            made, "_units", lambda _, rows, __: ([row] * (made.state["row"] in fits) for _ in range(len(rows)))
+        )
+        return made
+
+    first = started({})
+    assert first.next_batches(tiny_model(), 0) == [[row] * 4]
+    assert first.state["row"] == 6
+    fits.clear()  # the next snapshot's answers are longer
+    for going_on in (started(dict(first.state)), first):
+        with pytest.raises(BadInput, match=TOO_LONG):
+            going_on.next_batches(tiny_model(), 1)
+        assert going_on.state["row"] == 8  # the end of the pass that the first call began
+
+
+@pytest.mark.fault
+def test_killed_and_resumed_with_over_long_corrections_equals_uninterrupted(examples, form, tmp_path: Path):
+    config = replace(TRAINING, checkpoint_every=2)
+    many = [examples[1], *[examples[2]] * 29]
+    longest = 2 * len(examples[1].ids) + CONFIG.max_new_tokens + len(form.cue)
+    resumed = check_resuming(many, config, tmp_path, lambda: source(many, form, ALONE, max_length=longest))
+    assert resumed.state["corrections"] > 0
+    assert resumed.state["overlong"] > 3 * len(many)
 
 
 @pytest.mark.fault
@@ -267,6 +321,7 @@ def test_rates_count_what_correction_changed():
         "wrong_to_right": 0.5,
         "right_to_wrong": 0.25,
     }
+    assert rac.rates(np.array(before), np.array(after)) == rac.rates(before, after)
     assert rac.rates([True], [True])["wrong_to_right"] == 0.0
     with pytest.raises(BadInput, match="no answers to compare"):
         rac.rates([], [])
@@ -275,3 +330,30 @@ def test_rates_count_what_correction_changed():
 def test_settings_that_could_leave_batches_empty_are_refused():
     with pytest.raises(ValueError, match="plain_weight 0 needs share 1 and right_share 1"):
         replace(CONFIG, plain_weight=0.0)
+    with pytest.raises(ValueError, match="plain_weight 0 needs start 0"):
+        replace(CONFIG, plain_weight=0.0, right_share=1.0, start=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; use at least 1"),
+        ({"batch_rows": 0}, "batch_rows is 0; use at least 1"),
+        ({"refresh": 0}, "refresh is 0; use at least 1"),
+        ({"temperature": -0.5}, "temperature is -0.5; use at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan; use at least 0"),
+        ({"temperature": float("inf")}, "temperature and plain_weight must be finite"),
+        ({"plain_weight": -1.0}, "plain_weight is -1.0; use at least 0"),
+        ({"plain_weight": float("inf")}, "temperature and plain_weight must be finite"),
+        ({"right_share": 1.5}, "right_share is 1.5; use a number between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(OutOfRange, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_a_weight_of_prompt_tokens_is_refused_since_the_models_answers_would_be_trained(examples):
+    weighted = replace(TRAINING, prompt_loss_weight=0.1)
+    with pytest.raises(BadInput, match=r"sft.prompt_loss_weight is 0.1, and rac would train the model's own answers"):
+        rac.source(CONFIG, examples, tiny_model(), tiny_tokenizer(), weighted, 200, 0)

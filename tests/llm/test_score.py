@@ -1,4 +1,6 @@
 import csv
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import yaml
 
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json, write_jsonl
-from springhead.llm import answers, score
+from springhead.lineage.digests import file_digest
+from springhead.llm import answers, score, tune
 from springhead.llm.generation import Answer, Decoding
 from springhead.llm.rouge import rouge
 from tests.llm.tiny import ROWS, save_tiny
@@ -144,3 +147,60 @@ def test_the_gap_compares_with_the_answer_to_what_was_asked(row: dict[str, Any],
 def test_a_row_without_an_answer_has_no_gap(row: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="row a: the free-running gap needs an answer to compare with; give it"):
         score.with_reference({"id": "a", **row})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"answer": "7", "references": None}, {"exact_match"}),
+        ({"answer": None, "references": ["Answer: 7"]}, {"rouge1", "rouge2", "rougeL"}),
+    ],
+)
+def test_a_null_is_no_answer_and_no_reference(row: dict[str, Any], expected: set[str]) -> None:
+    assert set(score.figures({"id": "a", **row}, "Answer: 7")) == expected
+    with pytest.raises(BadInput, match="row a: needs 'references' or 'answer'"):
+        score.figures({"id": "a", "answer": None, "references": None}, "Answer: 7")
+
+
+def test_scores_name_the_file_that_they_were_made_with(tmp_path: Path) -> None:
+    settings = answered(tmp_path)
+    before = score.score(settings)["rows"]
+    assert before == file_digest(tmp_path / "rows.jsonl")
+    write_jsonl(tmp_path / "rows.jsonl", [*ASKED[:2], {**ASKED[2], "references": ["other"]}])
+    assert score.score(settings)["rows"] != before  # what was asked is the same, what it is compared with is not
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("seed=-1", "seed is -1; use at least 0"),
+        ("gap_rows=-1", "gap_rows is -1; use at least 0"),
+        ("out={folder}/rows.jsonl", "rows.jsonl is no folder that can be written to; choose another"),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_named(tmp_path: Path, capsys, override: str, reason: str) -> None:
+    settings = answered(tmp_path)
+    (tmp_path / "score.yaml").write_text(yaml.safe_dump(asdict(settings)))
+    assert score.main([str(tmp_path / "score.yaml"), override.format(folder=tmp_path)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (answers.main, ["decoding.max_new_tokens: whole number = 128", "chat_template: text"]),
+        (score.main, ["gap_rows: whole number = 0", "answers: text (needed)"]),
+        (tune.main, ["sft.learning_rate: number (needed)", "Peak learning rate.", "rac.cue: text (needed)"]),
+    ],
+)
+def test_commands_list_their_keys_and_do_not_pass_without_settings(
+    command: Callable[[list[str]], int], keys: list[str], capsys
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command([])
+    assert "the following arguments are required: settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        command(["--help"])
+    said = capsys.readouterr().out
+    assert [key for key in keys if key not in said] == []

@@ -136,3 +136,12 @@ def test_the_public_tasks_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list(read_jsonl(tmp_path / "e2e.jsonl"))) == 7
     assert texttasks.main(["gsm8k-test", str(tmp_path / "gsm8k.jsonl"), "--take", "3"]) == 0
     assert all(row["answer"] and row["prompt"] for row in read_jsonl(tmp_path / "gsm8k.jsonl"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("out", [".", "talks.jsonl/rows.jsonl"])
+def test_an_output_that_is_no_file_is_named(tmp_path: Path, capsys, out: str):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk}])
+    assert texttasks.main(["dialogue", str(tmp_path / out), "--source", str(tmp_path / "talks.jsonl")]) == 2
+    assert f"{tmp_path / out}: cannot be written (" in capsys.readouterr().err

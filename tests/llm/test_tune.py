@@ -223,6 +223,8 @@ def killed(*_: Any) -> None:
         ("chat_template=chatml", "the tokenizer has no token <|im_start|>"),
         ("sft.stepz=3", "unknown parameter; did you mean 'steps'"),
         ("sft.steps.x=3", "steps is no block"),
+        ("sft.steps=[", "'sft.steps=[': the value is not valid YAML (while parsing a flow node"),
+        ("seed=-1", "tune.yaml: seed is -1; use at least 0"),
         ("model=nowhere", "nowhere: not a model folder"),
         ("train=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("steps", "expected key=value"),
@@ -237,6 +239,16 @@ def test_what_cannot_be_used_is_named(request_file: Path, capsys, override: str,
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("out", ["rows.jsonl", "rows.jsonl/deeper"])
+def test_a_folder_that_cannot_be_is_refused_before_training(
+    request_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, out: str
+) -> None:
+    monkeypatch.setattr(sft, "train", lambda *_, **__: pytest.fail("it was trained"))
+    assert tune.main([str(request_file), f"out={tmp_path / out}"]) == 2
+    assert "rows.jsonl is no folder that can be written to; choose another" in capsys.readouterr().err
 
 
 def process(rank: int, port: int, arguments: list[str]) -> None:

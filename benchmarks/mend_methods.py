@@ -3,14 +3,15 @@
     python benchmarks/mend_methods.py run                   # goes on after the models that are done
     python benchmarks/mend_methods.py table                 # the tables of docs/results/mend.md
 
-Problems of one and two operations over graphs of facts. The base knows them told in solving order; every method goes on
-from it with the same problems, steps and tokens a step. Asked are unseen problems, each in four orders (solving order,
-reversed, two at random):
+Problems over graphs of facts. The base knows one to three operations told in solving order, with 24 names. Every
+method goes on from it by LoRA with the same problems (one and two operations, twelve of the names), steps and tokens a
+step. Asked are unseen problems, each in four orders (solving order, reversed, two at random):
 
     order             nothing redundant
     redundancy        one redundant fact, as MEND shows in training
+    ood-names         the problems of `order` with the other twelve names
     ood-redundancy    two redundant facts; no method saw more than one
-    ood-depth         problems of three operations; no method saw more than two
+    ood-depth         problems of three operations; no method went on with more than two
 
 Settings were chosen with `--part dev`, on other problems and seed 0. Every model leaves one file.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -33,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from springhead.errors import BadInput
 from springhead.jsonio import canonical, read_json, write_json
 from springhead.lineage.digests import json_digest, tree_digest
-from springhead.llm import evaluation, generation, mend, paraphrase, problems, sft, students
+from springhead.llm import evaluation, generation, mend, paraphrase, problems, sft, students, textrows
 from springhead.llm.packing import encode_rows
 
 ROOT = Path(__file__).parent.parent
@@ -45,11 +47,13 @@ METHODS = (BASE, SFT, RC, PARAPHRASE, MEND, MEND_ROWS)
 SEEDS = (0, 1, 2)
 MAX_LENGTH = 400
 VARIANTS = 3
-SPLITS = {"order": 0, "redundancy": 1, "ood-redundancy": 2, "ood-depth": 0}
+SPLITS = {"order": 0, "redundancy": 1, "ood-names": 0, "ood-redundancy": 2, "ood-depth": 0}
 """What is asked, and how many redundant facts are shown."""
 FIGURES = ("worst_case", "consistency", "accuracy", "all_wrong", "vote")
 DEPTH = 2
 """Most operations of a training problem."""
+NAMES = 12
+"""Names of the training problems; the base knows twice as many."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,19 @@ class Setting:
 
 
 SETTING = Setting(
-    problems=3000,
+    problems=4000,
     asked=200,
     spec=problems.ProblemSpec(
         vocabularies=("market",), operators=("more", "fewer", "sum"), ops_min=1, ops_max=DEPTH, depth_min=1,
-        depth_max=DEPTH, max_value=20, max_constant=9, max_step=5, holders=12, items=1, redundant=2, holdout=0.2,
+        depth_max=DEPTH, max_value=20, max_constant=9, max_step=5, holders=NAMES, items=1, redundant=2, holdout=0.2,
     ),
     small=students.SmallLlama(
-        hidden_size=128, layers=4, heads=4, intermediate_size=384, initial_std=0.09, problems=3000, ops_max=2,
-        orders="topological", redundant_max=0, vocabularies=("market",), holders=12,
+        hidden_size=128, layers=4, heads=4, intermediate_size=384, initial_std=0.09, problems=4000, ops_max=DEPTH + 1,
+        orders="topological", redundant_max=0, vocabularies=("market",), holders=2 * NAMES,
         operators=("more", "fewer", "sum"), max_value=20, max_step=5, holdout=0.2,
-        sft=sft.SftConfig(steps=550, batch_tokens=550, learning_rate=0.002),
+        sft=sft.SftConfig(steps=2500, batch_tokens=1000, learning_rate=0.002),
     ),
-    sft=sft.SftConfig(steps=1500, batch_tokens=1000, learning_rate=0.002),
+    sft=sft.SftConfig(steps=2000, batch_tokens=1000, learning_rate=0.005, lora_rank=16, lora_alpha=16.0),
 )  # fmt: skip
 
 
@@ -105,10 +109,20 @@ def asked(setting: Setting, part: str) -> dict[str, list[dict[str, Any]]]:
     for split, redundant in SPLITS.items():
         spec = replace(deeper if split == "ood-depth" else setting.spec, split="id")
         drawn = problems.generate(4 * setting.asked, 2, spec)
-        mine = [p for p in drawn if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")]
-        variants = [row for p in mine[: setting.asked] for row in mend.eval_rows(p, 2, redundant, seed=0)]
+        mine = [p for p in drawn if (int(problems.facts_key(p)[:8], 16) % 2 == 0) == (part == "dev")][: setting.asked]
+        variants = [row for p in mine for row in mend.eval_rows(p, 2, redundant, seed=0)]
+        if split == "ood-names":
+            variants = [with_other_names(row) for row in variants]
         rows[split] = [row | {"split": split} for row in variants if row["redundancy"] == redundant]
     return rows
+
+
+def with_other_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with each training name replaced by one that no method went on with."""
+    holders = problems.vocabularies()[row["vocabulary"]].holders
+    others = dict(zip(holders[:NAMES], holders[NAMES:], strict=True))
+    texts = {k: re.sub(r"\w+", lambda word: others.get(word[0], word[0]), row[k]) for k in ("prompt", "completion")}
+    return textrows.with_row_id(row | texts)
 
 
 @cache
@@ -184,6 +198,8 @@ def table(out: Path) -> None:
             print(f"| {method} | {' | '.join(cell([f[name] for f in mine]) for name in FIGURES)} |")
         for other in [m for m in done if m not in (BASE, MEND)]:
             seeds = [s for m, s in sorted(found) if m == other and (MEND, s) in found]
+            if not seeds:
+                continue
             pairs = [(found[MEND, s]["figures"][split], found[other, s]["figures"][split]) for s in seeds]
             print(f"| {MEND} - {other} | {' | '.join(cell([a[n] - b[n] for a, b in pairs]) for n in FIGURES)} |")
     print(f"\n| accuracy | {' | '.join(done)} |\n|---|{'---|' * len(done)}")

@@ -24,11 +24,11 @@ from springhead.errors import BadInput
 from springhead.git import add_worktree as git_worktree
 from springhead.git import clean_environment, git
 from springhead.git import remove_worktree as remove_worktree
-from springhead.params import overlay, read_params
+from springhead.jsonio import canonical
+from springhead.params import Loader, overlay, read_params
 
 REFS = "refs/springhead/runs"
 _LARGEST_UNTRACKED = 20 * 2**20  # bytes; data belongs to DVC, and git would keep it for ever
-_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _IDENTITY = {
     "GIT_AUTHOR_NAME": "springhead",
     "GIT_AUTHOR_EMAIL": "springhead@localhost",
@@ -60,11 +60,12 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(parts):
             raise BadInput(f"--set {setting}: expected key=value, for example --set seed=1")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = yaml.load(text, Loader=Loader)
+            canonical(value)  # no parameter is a date, or anything else that YAML has and JSON has not
+        except (yaml.YAMLError, ValueError) as error:
             raise BadInput(f"--set {setting}: the value is not valid YAML: {error}") from error
-        if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
-            value = float(value)  # YAML 1.1 takes 1e-3 for a string
+        except BadInput as error:
+            raise BadInput(f"--set {setting}: no value of a parameter ({error}); put a text in quotes") from error
         here = nested
         for part in parts[:-1]:
             here = here.setdefault(part, {})

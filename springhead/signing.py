@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from springhead.errors import BadInput, Finding
-from springhead.jsonio import canonical
+from springhead.jsonio import canonical, parse
 from springhead.keys import Keys
 from springhead.lineage.digests import file_digest, files_digest, tree_digest, tree_files
 
@@ -78,19 +78,21 @@ def opened(path: Path, kind: str, keys: Keys) -> Any:
         BadInput: if a trusted key cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path.read_bytes())
         payload = _decoded(content["payload"])
         found = [(str(s["keyid"]), _decoded(s["sig"])) for s in content["signatures"]]
         stated = content["payloadType"]
     except FileNotFoundError:
         raise Finding(f"{path}: no such file; restore it from a backup") from None
+    except OSError as error:
+        raise Finding(f"{path}: cannot be read ({error.strerror}); restore it from a backup") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Finding(f"{path}: not a DSSE envelope ({error}); restore it from a backup") from None
     if stated != kind:
         raise Finding(f"{path}: holds {stated}, not {kind}; restore it from a backup")
     if not any(keys.holds(signature, _to_sign(kind, payload), key) for key, signature in found):
         raise Finding(f"{path}: not signed by a key in {keys.trusted}; do not trust it")
-    return json.loads(payload)
+    return parse(payload)
 
 
 def _decoded(text: str) -> bytes:

@@ -4,8 +4,8 @@
 only with exactly those bytes, wherever it came from.
 """
 
+import http.client
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ def _download(source: Source, target: Path) -> None:
                 file.write(block)
         _checked(source, partial)
         os.replace(partial, target)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last: no address
         raise SourceError(
             f"source '{source.name}': {source.url} cannot be fetched ({error}); try again later"
         ) from error

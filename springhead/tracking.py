@@ -74,8 +74,8 @@ def connect(home: Path) -> "MlflowClient":
     for variable, before in chosen.items():
         if before is None:
             os.environ.pop(variable, None)
-    client = mlflow.MlflowClient(store, store)
     try:
+        client = mlflow.MlflowClient(store, store)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow lets errors of its database and HTTP libraries through
         raise BadInput(f"MLflow at {store} cannot be reached ({_brief(error)}); start it and try again") from error

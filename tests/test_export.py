@@ -331,6 +331,9 @@ def test_a_refusal_and_a_server_that_is_not_there_say_what_happened(root: Path) 
     for address in ("localhost:5000", "ftp://x", "http://", "--x"):
         with pytest.raises(BadInput, match="expected an address"):
             export(root, "openlineage", TRAIN, url=address)
+    for address in ("http://[::", "http://localhost:99999"):
+        with pytest.raises(BadInput, match="no address"):
+            export(root, "openlineage", TRAIN, url=address)
 
 
 # -- Croissant ------------------------------------------------------------------------------------

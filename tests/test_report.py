@@ -208,6 +208,12 @@ def test_a_folder_of_other_files_is_never_emptied(root: Path) -> None:
     with pytest.raises(BadInput, match="holds other files"):
         build(root, out=root / "mine")
     assert (root / "mine" / "thesis.txt").read_text() == "years of work"
+    inside = root / f"data/rl/evaluate/{TASK}/report"
+    with pytest.raises(BadInput, match=r"--out .*: lies in what rl-evaluate@.* made"):
+        build(root, out=inside)
+    assert not inside.exists()
+    with pytest.raises(BadInput, match=r"--out .*: cannot be written"):
+        build(root, out=root / "mine" / "thesis.txt" / "report")
     assert build(root).parent == root / "report"
     stale = root / "report" / "assets" / "old.png"
     stale.write_bytes(b"")

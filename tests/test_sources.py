@@ -77,6 +77,9 @@ def test_a_download_is_kept_only_with_the_right_bytes(repo: Path, server: str) -
     catalogue.write_text(text.replace("URL", f"{server}/gone"))
     with pytest.raises(BadInput, match="cannot be fetched"):
         obtain("net", repo)
+    catalogue.write_text(text.replace("URL", "no-address"))
+    with pytest.raises(BadInput, match="no-address cannot be fetched"):
+        obtain("net", repo)
     catalogue.write_text(text.replace("URL", f"{server}/good"))
     assert obtain("net", repo).read_bytes() == b"good"
 

@@ -192,6 +192,8 @@ def test_an_unreachable_server_is_reported_and_keeps_the_spool(home: Path, monke
     report = tracking.replay(home)
     assert not report.ok and report.waiting == 1 and "cannot be reached" in report.problems[0]
     assert len(spool.waiting(home)) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "garbage://x")
+    assert "MLflow at garbage://x cannot be reached" in tracking.replay(home).problems[0]
 
 
 def test_a_damaged_recording_does_not_hold_up_the_others(home: Path) -> None:

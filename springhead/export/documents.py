@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from springhead.errors import BadInput
-from springhead.lineage.graph import Graph
+from springhead.lineage.graph import not_in_an_output
 
 FORMATS = ("openlineage", "croissant", "data-card", "model-card")
 
@@ -30,7 +30,7 @@ def export(root: Path, kind: str, ref: str | None = None, out: Path | None = Non
     if url is not None and kind.endswith("-card"):
         raise BadInput(f"--url is for openlineage and croissant, not for {kind}")
     if out is not None:
-        _check_place(root, out)
+        not_in_an_output(root, out, "--out")
     if kind == "openlineage":
         return _openlineage(root, ref, out, url)
     made = _croissants(root, ref, out, url) if kind == "croissant" else _cards(root, kind, ref)
@@ -86,18 +86,6 @@ def _cards(root: Path, kind: str, ref: str | None) -> dict[str, str]:
 def _named(names: list[str], suffix: str, document: Callable[[str], str]) -> dict[str, str]:
     """Returns documents by file name; whatever a name holds, it is one plain file name."""
     return {re.sub(r"[^\w@.-]+", "-", name).strip("-.") + suffix: document(name) for name in names}
-
-
-def _check_place(root: Path, out: Path) -> None:
-    """Refuses to write into what a stage made, where a file more is damage.
-
-    Raises:
-        BadInput: naming the stage.
-    """
-    place = out.resolve()
-    graph = Graph.read(root)
-    if place.is_relative_to(root) and (stage := graph.maker(place.relative_to(root).as_posix())):
-        raise BadInput(f"--out {out}: lies in what {stage} made, which must stay as it is; choose another place")
 
 
 def _write(path: Path, text: str) -> str:

@@ -440,7 +440,11 @@ def send(made: Iterable[Mapping[str, Any]], url: str) -> int:
     shown = re.sub(r"//[^/@]*@", "//", f"{match[1]}/{path}")
     key = os.environ.get("OPENLINEAGE_API_KEY")
     auth = ApiKeyTokenProvider({"api_key": key}) if key else TokenProvider({})
-    transport = HttpTransport(HttpConfig(url=match[1], endpoint=f"/{path}", timeout=_PATIENCE, auth=auth, retry=_RETRY))
+    config = HttpConfig(url=match[1], endpoint=f"/{path}", timeout=_PATIENCE, auth=auth, retry=_RETRY)
+    try:
+        transport = HttpTransport(config)
+    except ValueError as error:
+        raise BadInput(f"--url {url}: no address ({error}); expected one such as http://localhost:5000") from error
     sent = 0
     try:
         for event in made:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from springhead.declared import is_data
+from springhead.errors import BadInput
 from springhead.lineage.digests import files_digest
 from springhead.lineage.receipts import read_receipts
 
@@ -239,3 +240,18 @@ class Graph:
             if stage in self.receipts:
                 affected |= self._reach(stage, self._down)
         return [model for model in self.models if model.stage in affected]
+
+
+def not_in_an_output(root: Path, place: Path, option: str) -> None:
+    """Refuses to write into what a stage made, where a file more is damage.
+
+    Raises:
+        BadInput: naming the option that asked for it, and the stage.
+    """
+    root, whole = root.resolve(), place.resolve()
+    try:
+        graph = Graph.read(root)
+    except BadInput:
+        return  # damaged receipts: whoever goes on says so
+    if whole.is_relative_to(root) and (stage := graph.maker(whole.relative_to(root).as_posix())):
+        raise BadInput(f"{option} {place}: lies in what {stage} made, which must stay as it is; choose another place")

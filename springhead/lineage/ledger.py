@@ -7,7 +7,6 @@ the promotions. Editing, removing or reordering a line breaks the chain and is n
 
 import fcntl
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from springhead.errors import BadInput, SpringheadError
-from springhead.jsonio import canonical
+from springhead.jsonio import canonical, parse
 
 if TYPE_CHECKING:
     from springhead.keys import Keys
@@ -112,7 +111,7 @@ class Ledger:
     def _seq(self, line: bytes) -> int:
         """Returns the number of an entry, -1 for none."""
         try:
-            return int(json.loads(line)["seq"]) if line else -1
+            return int(parse(line)["seq"]) if line else -1
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{self.path}: its last line is no entry; `springhead audit` says more") from error
 
@@ -137,7 +136,7 @@ class Ledger:
         found = []
         for number, line in enumerate(self._lines(), start=1):
             try:
-                entry = json.loads(line)
+                entry = parse(line)
                 _check(entry)
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{self.path}:{number}: damaged line; restore the file from a backup") from error
@@ -162,7 +161,7 @@ class Ledger:
         problems, expected = [], GENESIS
         for number, line in enumerate(self._lines(), start=1):
             try:
-                entry = json.loads(line)
+                entry = parse(line)
                 _check(entry)
                 if entry["prev"] != expected:
                     problems.append(

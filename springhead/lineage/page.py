@@ -21,7 +21,7 @@ from springhead.errors import BadInput
 from springhead.home import home as state_folder
 from springhead.lineage import query
 from springhead.lineage.drawing import Drawing, draw
-from springhead.lineage.graph import Graph, rows_method
+from springhead.lineage.graph import Graph, not_in_an_output, rows_method
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.rows import DECISIONS, ROWS, Rows
 from springhead.pages import TEMPLATES, environment
@@ -43,8 +43,9 @@ def write_page(root: Path, ref: str, target: Path, scan: bool = False) -> Path:
         scan: do without the index of rows, as in :func:`springhead.lineage.query.lineage`.
 
     Raises:
-        BadInput: if the reference is unknown, or the file cannot be written.
+        BadInput: if the reference is unknown, or the file cannot be written or lies in what a stage made.
     """
+    not_in_an_output(root, target, "--html")
     text = page(root, ref, scan)
     temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:

@@ -6,7 +6,7 @@ stage or a row id. The answer is plain JSON; :mod:`springhead.lineage.tree` prin
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,10 +290,10 @@ def _verdicts(root: Path, graph: Graph, stage: str) -> list[dict[str, Any]]:
         for file, digest in facts.get("files", {}).items():
             path = f"{out}/{file}"
             if file.rpartition("/")[2] == "verdict.json" and (root / path).is_file():
-                verdict = read_json(root / path)
-                failed = [e["name"] for e in verdict["expectations"] if not e["success"]]
+                verdict, expectations = _with_list(root / path, "expectations", ("name", "success"))
+                failed = [e["name"] for e in expectations if not e["success"]]
                 short = {k: v for k, v in verdict.items() if k != "expectations"}
-                total = len(verdict["expectations"])
+                total = len(expectations)
                 entry = {"stage": stage, "path": path, "sha256": digest, "expectations": total, "failed": failed}
                 found.append(entry | short)
     return found
@@ -305,11 +305,24 @@ def _evaluation(root: Path, graph: Graph, stage: str, model: Model | None) -> di
     figures: dict[str, Any] = {}
     for out in receipt["outputs"]:
         path = root / out / "summary.json"
-        entries = read_json(path).get("models", []) if model is not None and path.is_file() else []
+        entries = _with_list(path, "models", ())[1] if model is not None and path.is_file() else []
         for entry in entries:
             if model is not None and entry.get("digest") == model.sha256:
                 figures = entry
     return {"stage": stage, "outputs": sorted(receipt["outputs"]), "figures": figures}
+
+
+def _with_list(path: Path, key: str, needed: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns a JSON object and the list of objects it has under a key.
+
+    Raises:
+        BadInput: the file is of another form, as one that was edited may be.
+    """
+    found = read_json(path)
+    entries = found.get(key, []) if isinstance(found, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and e.keys() >= set(needed) for e in entries):
+        raise BadInput(f"{path}: has no list of {key}; restore it with `dvc checkout`")
+    return found, entries
 
 
 def _model(model: Model) -> dict[str, Any]:

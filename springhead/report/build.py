@@ -15,6 +15,7 @@ from typing import Any
 from springhead.errors import BadInput, SpringheadError
 from springhead.home import home as state_folder
 from springhead.home import main_checkout
+from springhead.lineage.graph import not_in_an_output
 from springhead.pages import TEMPLATES, environment
 from springhead.progress import duration
 from springhead.report.collect import BRANCHES, Facts, collect, number
@@ -42,9 +43,11 @@ def build(root: Path, home: Path | None = None, out: Path | None = None) -> Path
         The path of the front page.
 
     Raises:
-        BadInput: if ``out`` holds something that is no report.
+        BadInput: if ``out`` holds something that is no report, lies in what a stage made, or cannot be written.
     """
     root = root.resolve()
+    if out is not None:
+        not_in_an_output(root, out, "--out")
     home = home or state_folder(root)
     target = (out or main_checkout(root) / "report").resolve()
     _prepare(target)
@@ -56,6 +59,13 @@ def build(root: Path, home: Path | None = None, out: Path | None = None) -> Path
 
 def _prepare(target: Path) -> None:
     """Makes the folder empty, but never empties a folder that something else filled."""
+    try:
+        _empty(target)
+    except OSError as error:
+        raise BadInput(f"--out {target}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def _empty(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()) and not (target / _MARKER).is_file():
         raise BadInput(f"{target}: holds other files; give an empty or new folder with --out")
     for name in ("assets", "data_docs"):

@@ -33,8 +33,10 @@ def test_entries_form_a_chain(tmp_path: Path) -> None:
         (lambda lines: lines.pop(1), 2),
         (lambda lines: lines.insert(1, lines.pop(2)), 2),
         (lambda lines: lines.__setitem__(2, b"{}"), 3),
+        (lambda lines: lines.__setitem__(2, b"[" * 100_000), 3),
+        (lambda lines: lines.__setitem__(2, b'{"seq":' + b"9" * 5000 + b"}"), 3),
     ],
-    ids=["edited", "removed", "reordered", "replaced"],
+    ids=["edited", "removed", "reordered", "replaced", "nested", "long number"],
 )
 def test_a_changed_past_is_named_by_line(tmp_path: Path, change, line: int) -> None:  # type: ignore[no-untyped-def]
     ledger = _filled(tmp_path)

@@ -112,6 +112,9 @@ def test_a_page_is_written_whole_or_not_at_all(root: Path, tmp_path: Path, monke
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     with pytest.raises(BadInput, match="cannot be written"):
         write_page(root, MODEL, tmp_path)
+    with pytest.raises(BadInput, match=r"--html .*: lies in what rl-train@.* made"):
+        write_page(root, MODEL, root / MODEL / "page.html")
+    assert not (root / MODEL / "page.html").exists()
     monkeypatch.chdir(root)
     assert main(["lineage", MODEL, "--html", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_bytes() == target.read_bytes()

@@ -346,6 +346,23 @@ def test_a_table_without_ids_is_named(root: Path) -> None:
         query.lineage(root, f"row:{episode(0)}")
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("file", "text", "key"),
+    [
+        (f"data/rl/validate/{TASK}/verdict.json", "[]", "expectations"),
+        (f"data/rl/validate/{TASK}/verdict.json", '{"expectations": [{"name": "x"}]}', "expectations"),
+        (f"data/rl/evaluate/{TASK}/summary.json", '{"models": null}', "models"),
+        (f"data/rl/evaluate/{TASK}/summary.json", '{"models": ["a"]}', "models"),
+    ],
+)
+def test_an_edited_verdict_or_summary_is_named(root: Path, file: str, text: str, key: str) -> None:
+    (root / file).chmod(0o644)
+    (root / file).write_text(text)
+    with pytest.raises(BadInput, match=rf"{Path(file).name}: has no list of {key}; restore it"):
+        query.lineage(root, MODEL)
+
+
 def test_data_is_no_model(root: Path) -> None:
     with pytest.raises(BadInput, match="is no model but an artefact"):
         query.lineage_of_model(root, f"data/rl/filter/{TASK}")

@@ -64,9 +64,15 @@ def test_mistakes_are_named(root: Path, profile: str | None, settings: list[str]
         overlaid_params(root, profile, settings)
 
 
+@pytest.mark.parametrize("text", ["2024-01-01", ".nan", "!!set {a}"])
+def test_values_that_no_parameter_has_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="put a text in quotes"):
+        read_settings([f"seed={text}"])
+
+
 def test_values_are_yaml() -> None:
     made = read_settings(["a=1", "b=1.5", "c=true", "d=x=y", "e=", "f=2E5", "g='1e5'"])
-    assert made == {"a": 1, "b": 1.5, "c": True, "d": "x=y", "e": None, "f": 2e5, "g": 1e5}
+    assert made == {"a": 1, "b": 1.5, "c": True, "d": "x=y", "e": None, "f": 2e5, "g": "1e5"}
 
 
 def test_the_project_has_the_promised_profiles() -> None:

@@ -95,14 +95,20 @@ class Outcome:
         """The distinct ids of the failing rows, in the order of their first failure."""
         return [str(self.frame.ids[row]) for row in self._first_rows()]
 
+    def _codes(self) -> np.ndarray:
+        """For each failing row a number that rows of one id share; rows without an id share one too."""
+        ids = np.asarray(self.frame.ids, dtype=object)[self.rows]
+        codes: np.ndarray = pd.factorize(ids, use_na_sentinel=False)[0]
+        return codes
+
     def _first_rows(self) -> np.ndarray:
-        codes, _ = pd.factorize(np.asarray(self.frame.ids, dtype=object)[self.rows])
+        codes = self._codes()
         _, first = np.unique(codes, return_index=True)
         return self.rows[np.sort(first)]
 
     def quarantine(self) -> list[tuple[str, str, str, str]]:
         """One line per id: id, expectation, severity, and how many of its rows failed and how the first did."""
-        codes, _ = pd.factorize(np.asarray(self.frame.ids, dtype=object)[self.rows])
+        codes = self._codes()
         counts = np.bincount(codes)
         table = self.frame.table
         lines: list[tuple[str, str, str, str]] = []

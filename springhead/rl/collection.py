@@ -75,7 +75,7 @@ def make_plan(
         sampled: Episodes per policy with sampled actions, before weights.
         by_mean: Episodes per policy with its mean actions, before weights.
         weights: Factors on both numbers, by a policy's name or its algorithm; where both are named, the policy's
-            counts. 0 leaves it out.
+            counts. 0 leaves it out; any other weight gives an episode at least.
         num_envs: Episodes in a group, at most.
         seed: Seeds all episodes. Policy number i draws from ``[seed, i]``.
 
@@ -91,6 +91,8 @@ def make_plan(
     for number, entry in enumerate(index):
         weight = weights.get(entry["name"], weights.get(entry["algorithm"], 1.0))
         counts = [round(weight * count) for count in (sampled, by_mean)]
+        if weight > 0 and not any(counts):
+            counts = [1, 0] if sampled >= by_mean else [0, 1]
         seeds = np.random.default_rng([seed, number]).integers(2**31, size=sum(counts)).tolist()
         for deterministic, part in ((False, seeds[: counts[0]]), (True, seeds[counts[0] :])):
             for start in range(0, len(part), num_envs):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from springhead.rl.dataset import Episode
 from springhead.rl.policy import Policy, load_policy
-from springhead.rl.tasks import Task, task
+from springhead.rl.tasks import Task, normalised_cost, task
 from springhead.rl.workers import EpisodeWorkers, Group
 
 Floats = npt.NDArray[np.float64]
@@ -214,7 +214,8 @@ def figures(outcome: Outcome, of: Task, cost_limit: float) -> dict[str, float]:
         "cost_return_std": float(outcome.costs.std()),
         "normalised_return": float(returns.mean()),
         "normalised_return_std": float(returns.std()),
-        "normalised_cost": float(costs.mean()),
+        # Of the mean, not the mean of the quotients, whose rounding puts a mean cost at the limit above 1.
+        "normalised_cost": of.normalised_cost(float(outcome.costs.mean()), cost_limit),
         "normalised_cost_std": float(costs.std()),
         "violation_probability": float((outcome.costs > cost_limit).mean()),
         "length": float(outcome.lengths.mean()),
@@ -252,7 +253,8 @@ def over_seeds(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         One row per algorithm and limit, in order of first appearance: the mean over models of each
-        figure, and its sample standard deviation over models (``…_spread``, 0 for one model).
+        figure, and its sample standard deviation over models (``…_spread``, 0 for one model); ``safe`` says whether
+        the mean cost keeps the limit, as in :func:`feasible_first`.
     """
     rows = []
     for algorithm in dict.fromkeys(model["algorithm"] for model in models):
@@ -270,7 +272,8 @@ def over_seeds(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 values = np.array([model["limits"][limit][key] for model in group])
                 row[key] = float(values.mean())
                 row[f"{key}_spread"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-            row["safe"] = row["normalised_cost"] <= 1
+            row["normalised_cost"] = normalised_cost(row["cost_return"], row["cost_limit"])
+            row["safe"] = row["cost_return"] <= row["cost_limit"]
             rows.append(row)
     return rows
 

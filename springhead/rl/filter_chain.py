@@ -125,7 +125,9 @@ def _run(state: State, settings: Rule, rng: np.random.Generator, rectangle: str)
             falsify(state, *_claims(state, filters.outliers(returns, costs, settings, rng, highest), settings, rng))
         case filters.Inpaint():
             honest = np.flatnonzero(~state.planted)
-            width = filters.box(costs[honest], task.cost_range, settings.box, "inpaint")
+            # Where every episode is falsified there is nothing to judge, and no range to measure.
+            known = len(honest) > 0
+            width = filters.box(costs[honest], task.cost_range, settings.box, "inpaint") if known else (0.0, 0.0)
             found = filters.inpaint(returns[honest], costs[honest], settings, width, rectangle)
             state.judge(replace(found, index=honest))
         case filters.Epsilon():

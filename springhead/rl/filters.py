@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from springhead.bounds import at_least, finite
 from springhead.errors import BadInput
 
 Floats = npt.NDArray[np.float64]
@@ -70,6 +71,7 @@ class Ranges:
         bounds = (self.cost_min, self.cost_max, self.return_min, self.return_max)
         if all(bound is None for bound in bounds):
             raise ValueError("needs at least one of cost_min, cost_max, return_min and return_max")
+        finite(self, "cost_min", "cost_max", "return_min", "return_max")
         for name, low, high in (("cost", *bounds[:2]), ("return", *bounds[2:])):
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{name}_min {low:g} is above {name}_max {high:g}")
@@ -122,6 +124,7 @@ class Outliers:
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1 or self.cost_limit < 1:
             raise ValueError("needs 0 < fraction < 1 and cost_limit >= 1")
+        finite(self, "cost_limit")
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,13 @@ class Epsilon:
     """Above 0: drop safe episodes within epsilon of the best safe return (harder). Below 0: drop
     unsafe ones within its size of the best unsafe return (easier)."""
     cost_limit: float
+    """Episodes of this cost or less are the safe ones; at least 0."""
 
     def __post_init__(self) -> None:
         if self.epsilon == 0:
             raise ValueError("epsilon: 0 names neither side; leave the step out to switch the filter off")
+        finite(self, "epsilon")
+        at_least(0, self, "cost_limit")
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ class Noise:
     def __post_init__(self) -> None:
         if not self.scale > 0:
             raise ValueError("scale must be above 0; leave the step out to switch the filter off")
+        finite(self, "scale")
 
 
 @dataclass(frozen=True)

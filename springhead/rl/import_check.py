@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +32,9 @@ def settings_for(path: Path, cost: str | None, timeouts: Literal["file", "horizo
     """
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder")
-    digest, name = tree_digest(path), path_in_params(path)
+    digest, name = tree_digest(path), path.name
     if path.is_dir():
+        name = path_in_params(path, [*folders(), minari_folder()]) or name
         return Minari(path=name, sha256=digest, cost=cost, unfinished="drop", faulty="drop")
     try:
         with h5py.File(path, "r") as file:
@@ -39,21 +42,38 @@ def settings_for(path: Path, cost: str | None, timeouts: Literal["file", "horizo
     except OSError as error:
         raise BadInput(f"{path}: damaged or not an HDF5 file ({error}); fetch it again") from error
     if all_there and cost is None and timeouts == "file":
-        return Dsrl(file=name.removeprefix("dsrl/"), sha256=digest, unfinished="drop", faulty="drop")
+        name = path_in_params(path, [folder / "dsrl" for folder in folders()]) or name
+        return Dsrl(file=name, sha256=digest, unfinished="drop", faulty="drop")
+    name = path_in_params(path, folders()) or name
     return D4rl(path=name, sha256=digest, cost=cost, timeouts=timeouts, unfinished="drop", faulty="drop")
 
 
-def path_in_params(path: Path) -> str:
-    """Returns a path as the parameters name it: relative to a folder of sources, or its name if it is in none."""
-    folders = [minari_folder()]
-    if mirror := os.environ.get("SPRINGHEAD_SOURCES"):
-        folders.append(Path(mirror))
+def folders() -> list[Path]:
+    """Where ``importers.obtain`` looks for sources of every format."""
+    found = [Path(mirror)] if (mirror := os.environ.get("SPRINGHEAD_SOURCES")) else []
     with contextlib.suppress(BadInput):  # outside of any checkout
-        folders.append(home() / "sources")
-    for folder in folders:
+        found.append(home() / "sources")
+    return found
+
+
+def path_in_params(path: Path, below: Sequence[Path]) -> str | None:
+    """Returns a path as the parameters name it: relative to the first of some folders that it is in; None in none."""
+    for folder in below:
         if folder.resolve() in path.resolve().parents:
             return path.resolve().relative_to(folder.resolve()).as_posix()
-    return path.name
+    return None
+
+
+def to_move(path: Path, settings: Settings) -> Path | None:
+    """Where a file has to be put for its entry to be found; None where it lies right already."""
+    places = [*folders(), minari_folder()] if isinstance(settings, Minari) else folders()
+    if isinstance(settings, Dsrl):
+        places = [folder / "dsrl" for folder in places]
+    if path_in_params(path, places) is not None:
+        return None
+    # Outside of any checkout nobody can say where its state folder will be.
+    folder = places[0] if folders() else Path(".springhead/sources") / ("dsrl" if isinstance(settings, Dsrl) else "")
+    return folder / path.name
 
 
 def summary(path: Path, settings: Settings, of: Task) -> dict[str, Any]:
@@ -100,7 +120,7 @@ def summary(path: Path, settings: Settings, of: Task) -> dict[str, Any]:
         "left_out": left_out,
         "steps_cut": cut,
         "quirks": [] if isinstance(settings, Minari) else quirks(path),
-        "params": params(settings, of, left_out),
+        "params": params(settings, of, left_out, to_move(path, settings)),
     }
 
 
@@ -121,19 +141,32 @@ def quirks(path: Path) -> list[str]:
     return found
 
 
-def params(settings: Settings, of: Task, left_out: dict[str, Any]) -> str:
-    """The entry of ``rl.imports.sources``; what would be left out is allowed in it only where there is such."""
+def params(settings: Settings, of: Task, left_out: dict[str, Any], place: Path | None) -> str:
+    """The entry of ``rl.imports.sources``; what would be left out is allowed in it only where there is such.
+
+    Args:
+        settings: As what the file is read.
+        of: The task.
+        left_out: By rule, what would be left out.
+        place: Where the file has to be put first, for a comment; None where it lies there.
+    """
     fields = [f"sha256: {settings.sha256}"]
     if isinstance(settings, Dsrl):
         if settings.file != of.data_file:
-            fields.insert(0, f"file: {settings.file}")
+            fields.insert(0, f"file: {_quoted(settings.file)}")
     else:
-        fields.insert(0, f"path: {settings.path}")
-        fields.append(f"cost: {settings.cost or 'null'}")
+        fields.insert(0, f"path: {_quoted(settings.path)}")
+        fields.append(f"cost: {_quoted(settings.cost or None)}")
     if isinstance(settings, D4rl) and settings.timeouts != "file":
         fields.append(f"timeouts: {settings.timeouts}")
     if "unfinished" in left_out:
         fields.append("unfinished: drop")
     if set(left_out) - {"unfinished"}:
         fields.append("faulty: drop")
-    return f"- {{task: {of.name}, {type(settings).__name__.lower()}: {{{', '.join(fields)}}}}}"
+    first = f"  # first put it at {place}" if place else ""
+    return f"- {{task: {of.name}, {type(settings).__name__.lower()}: {{{', '.join(fields)}}}}}{first}"
+
+
+def _quoted(name: str | None) -> str:
+    """A name as YAML, whatever is in it; null for none. JSON's form is YAML's too."""
+    return json.dumps(name, ensure_ascii=False)

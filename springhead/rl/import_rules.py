@@ -13,6 +13,7 @@ import numpy as np
 from springhead.lineage.digests import arrays_digest
 from springhead.rl.episodes import EPISODE_KEYS, Episode
 from springhead.rl.foreign import FLOATS, Found
+from springhead.rl.suite_steps import ACTION_BOUND
 from springhead.rl.tasks import Task
 
 
@@ -110,9 +111,9 @@ def _numbers(episode: Episode, of: Task) -> _Broken | None:
             why = f"{key} are not finite at step {np.argmax(wrong)} ({wrong.sum()} such steps)"
             return _Broken("finite", float(wrong.sum()), 0, why)
     extremes = np.abs(episode.actions).max(axis=1)
-    if extremes.max() > 1:
+    if extremes.max() > ACTION_BOUND:
         step, value = int(extremes.argmax()), float(extremes.max())
-        return _Broken("action range", value, 1, f"actions reach {value:g} at step {step}, beyond 1")
+        return _Broken("action range", value, ACTION_BOUND, f"actions reach {value:.9g} at step {step}, beyond 1")
     costs = episode.costs
     if costs.min() < 0:
         step, value = int(costs.argmin()), float(costs.min())

@@ -8,6 +8,7 @@ once, which is three times as fast.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -196,7 +197,7 @@ def iter_raw(folder: Path) -> Iterator[dict[str, Any]]:
         raise BadInput(
             f"{folder}: no Minari data set (no data/metadata.json); name the folder with the version, as in X-v0"
         )
-    total = int(read_json(description).get("total_episodes", 0))
+    total = _total_episodes(folder, description)
     from minari.dataset.minari_storage import MinariStorage
 
     at = 0
@@ -207,8 +208,30 @@ def iter_raw(folder: Path) -> Iterator[dict[str, Any]]:
         for episode in storage.get_episodes(range(total)):
             yield episode
             at += 1
-    except (OSError, KeyError, ValueError, json.JSONDecodeError) as error:
-        raise BadInput(f"{folder}: episode {at} or a later one cannot be read ({error}); fetch it again") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        why = str(error) or type(error).__name__  # Minari's assertions say nothing
+        raise BadInput(f"{folder}: episode {at} or a later one cannot be read ({why}); fetch it again") from error
+
+
+def _total_episodes(folder: Path, description: Path) -> int:
+    """How many episodes ``metadata.json`` states, made sure of in a file of Minari's HDF5 format.
+
+    Raises:
+        BadInput: If it states no number, or another one than the file has.
+    """
+    stated = read_json(description)
+    total = stated.get("total_episodes") if isinstance(stated, dict) else None
+    if not isinstance(stated, dict) or type(total) is not int or total < 0:
+        what = f"total_episodes is {total!r}" if isinstance(stated, dict) else "is no mapping"
+        raise BadInput(f"{description}: {what}; Minari writes the number of episodes there, fetch the data set again")
+    path = folder / "data" / "main_data.hdf5"
+    if path.is_file():
+        found = total
+        with contextlib.suppress(OSError, RuntimeError), h5py.File(path, "r") as file:  # damage is told by the reading
+            found = sum(name.startswith("episode_") for name in file)
+        if found != total:
+            raise BadInput(f"{description}: total_episodes is {total}, but {path.name} has {found}; fetch both again")
+    return total
 
 
 def iter_minari(folder: Path, cost: str | None = "cost", sub_costs: Sequence[str] = ()) -> Iterator[Episode]:
@@ -233,13 +256,16 @@ def iter_minari(folder: Path, cost: str | None = "cost", sub_costs: Sequence[str
         if np.asarray(raw["rewards"]).ndim != 1 or np.asarray(raw["rewards"]).dtype.kind not in "biuf":
             raise BadInput(f"{where}: rewards are not a number per step, which an episode here needs")
         steps = len(raw["rewards"])
+        flags = np.asarray(raw["terminations"])
+        if flags.shape != (steps,) or flags.dtype.kind not in "biuf":
+            raise BadInput(f"{where}: terminations are not a flag per step, which an episode here needs")
         states = np.asarray(raw["observations"], dtype=np.float32)
         if steps < 1 or len(states) != steps + 1 or len(raw["actions"]) != steps:
             raise BadInput(f"{where}: {len(states)} observations and {len(raw['actions'])} actions for {steps} steps")
         infos = raw["infos"] or {}
         columns = [_signal(infos, f"cost_{name}", steps, where) for name in sub_costs]
         ends = np.arange(steps) == steps - 1
-        terminated = bool(np.asarray(raw["terminations"])[-1])
+        terminated = bool(flags[-1])
         yield Episode(
             observations=states[:-1],
             next_observations=states[1:],
@@ -259,7 +285,11 @@ def _signal(infos: Mapping[str, Any], key: str, steps: int, where: str) -> npt.N
         values = values.get(part) if isinstance(values, Mapping) else None
     if values is None:
         raise BadInput(f"{where}: infos have no {key!r} (they have {', '.join(sorted(infos)) or 'nothing'})")
-    array = np.asarray(values, dtype=np.float32).reshape(len(values), -1)
+    array = np.asarray(values)
+    if not array.ndim or array.dtype.kind not in "biuf":
+        found = f"a single {array.dtype}" if not array.ndim else f"of type {array.dtype}"
+        raise BadInput(f"{where}: infos[{key!r}] is {found}; expected a number per step")
+    array = array.astype(np.float32).reshape(len(array), -1)
     if array.shape[1] != 1 or len(array) not in (steps, steps + 1):
         raise BadInput(f"{where}: infos[{key!r}] has shape {array.shape} for {steps} steps; expected a number per step")
     return array[len(array) - steps :, 0]
@@ -284,14 +314,18 @@ def _read_at_once(folder: Path, cost: str | None, sub_costs: Sequence[str]) -> D
     path = folder / "data" / "main_data.hdf5"
     try:
         description = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
-        episodes, steps = int(description["total_episodes"]), int(description["total_steps"])
+        episodes, steps = description["total_episodes"], int(description["total_steps"])
+        if type(episodes) is not int:
+            raise _UnusualError
         with h5py.File(path, "r") as file:
             return _joined(file, episodes, steps, cost, sub_costs) if episodes and steps else None
-    except (_UnusualError, OSError, KeyError, ValueError, TypeError):
+    except (_UnusualError, OSError, LookupError, ValueError, TypeError):
         return None
 
 
 def _joined(file: h5py.File, episodes: int, steps: int, cost: str | None, sub_costs: Sequence[str]) -> Dataset:
+    if len(file) != episodes:
+        raise _UnusualError
     states_of = h5py.h5d.open(file.id, b"episode_0/observations")
     actions_of = h5py.h5d.open(file.id, b"episode_0/actions")
     if len(states_of.shape) != 2 or len(actions_of.shape) != 2:

@@ -9,6 +9,7 @@ pickled code, so loading a model from a stranger cannot run anything.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -168,6 +169,19 @@ def read_config(folder: Path | str) -> dict[str, Any]:
             if key not in config:
                 raise BadInput(f"{path}: missing key '{key}'; restore the folder with `dvc checkout`")
     return config
+
+
+def require_numbers(config: Mapping[str, Any], *names: str) -> None:
+    """Makes sure that entries of a configuration are finite numbers: others would fail only when the policy acts.
+
+    Raises:
+        ValueError: Naming the first that is not, for the loader to add the file.
+        KeyError: If there is none.
+    """
+    for name in names:
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, not a number")
 
 
 def save_model(folder: Path, config: Mapping[str, Any], files: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

@@ -56,7 +56,7 @@ def frames(arrays: Arrays, rows: pa.Table, task: Task, settings: Settings) -> li
     starts, stops = boundaries(arrays)
     table = episode_table(arrays, rows, starts, stops, task)
     found = table.loc[table["found"]]  # in the order of the file, see episode_table
-    ids = found["id"].where(found["listed"], found["content_id"]).to_numpy(dtype=object)
+    ids = _names(found)
     return [
         first,
         step_frame(arrays, starts, stops, ids, task, settings),
@@ -127,10 +127,13 @@ def episode_table(
     joined = joined.sort_values("found", ascending=False, kind="stable", ignore_index=True)
     both = joined["found"] & joined["listed"]
     joined["id_is_content"] = ~both | (joined["id"] == joined["content_id"])
-    joined["length_difference"] = (joined["length"] - joined["length_listed"]).where(both)
+    joined["length_difference"] = _wrong_where_missing(
+        joined["length"] - joined["length_listed"], both & joined["length_listed"].isna()
+    ).where(both)
     for name in ("episode_return", "cost_return"):
         measured = joined[f"{name}_of_data"]
-        joined[f"{name}_error"] = (joined[name] - measured).abs() / measured.abs().clip(lower=1.0)
+        error = (joined[name] - measured).abs() / measured.abs().clip(lower=1.0)
+        joined[f"{name}_error"] = _wrong_where_missing(error, both & joined[name].isna() & measured.notna())
     listed_parts = joined.pop("sub_cost_returns")
     pairs = zip(both, listed_parts, joined.pop("sub_cost_returns_of_data"), strict=True)
     joined["sub_cost_returns_error"] = [_largest_error(a, b) if known else 0.0 for known, a, b in pairs]
@@ -144,12 +147,26 @@ def episode_table(
     return joined.drop(columns="_merge")
 
 
+def _wrong_where_missing(error: pd.Series, missing: pd.Series) -> pd.Series:
+    """Makes a number that the row table lacks an infinite error: expectations skip nulls, which would pass."""
+    return error.astype(float).mask(missing, np.inf)
+
+
+def _names(table: pd.DataFrame) -> npt.NDArray:
+    """The id by which verdicts name each episode: the listed one, where there is none that of the content."""
+    known = table["listed"] & table["id"].notna()
+    names: npt.NDArray = table["id"].where(known, table["content_id"]).fillna("no id").to_numpy(dtype=object)
+    return names
+
+
 def _largest_error(listed: Sequence[float] | None, measured: npt.NDArray[np.float64]) -> float:
-    """Largest relative error of listed sums; infinite where their number differs."""
+    """Largest relative error of listed sums; infinite where their number differs or one is missing."""
     found = np.asarray([] if listed is None else listed, dtype=np.float64)
     if found.shape != measured.shape:
         return float("inf")
-    return float((np.abs(found - measured) / np.maximum(np.abs(measured), 1.0)).max(initial=0.0))
+    errors = np.abs(found - measured) / np.maximum(np.abs(measured), 1.0)
+    errors[np.isnan(found) & ~np.isnan(measured)] = np.inf
+    return float(errors.max(initial=0.0))
 
 
 def _measure(arrays: Arrays, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> pd.DataFrame:
@@ -207,8 +224,7 @@ def episode_frame(table: pd.DataFrame, settings: Settings) -> Frame:
         Check("ExpectPoliciesNamed", "true", "policy_named", "every listed episode names its policy or its source"),
     )
     table = table.assign(policy_named=table["policy"].notna() | table["source"].notna() | ~table["listed"])
-    ids = table["id"].where(table["listed"], table["content_id"]).to_numpy(dtype=object)
-    return Frame("episodes", "episode", table, checks, ids, ("index",))
+    return Frame("episodes", "episode", table, checks, _names(table), ("index",))
 
 
 _DIGEST = r"^[0-9a-f]{64}$"
@@ -239,7 +255,7 @@ def data_set_frame(table: pd.DataFrame, arrays: Arrays, task: Task) -> Frame:
         "episodes_above": int((costs > lowest).sum()),
         "returns_distinct": int(table["episode_return_of_data"].nunique()),
         "costs_distinct": int(costs.nunique()),
-        "actions_constant": int((actions.max(axis=0) == actions.min(axis=0)).sum()),
+        "actions_constant": int((actions == actions[:1]).all(axis=0).sum()),
     }
     exceeds = f"some episode exceeds the lowest cost limit, {lowest:g}: else the limits decide nothing"
     checks = (

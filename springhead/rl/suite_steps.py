@@ -22,7 +22,8 @@ Arrays = Mapping[str, npt.NDArray]
 VECTORS = ("observations", "next_observations", "actions")
 FLOATS = (*VECTORS, "rewards", "costs")
 _BLOCK = 1 << 16
-_ACTION_BOUND = 1.0 + 1e-6  # float32 arithmetic of an action map may miss 1 by a rounding
+ACTION_BOUND = 1.0 + 1e-6
+"""Of an action's entries; float32 arithmetic of an action map may miss 1 by a rounding."""
 _LIDAR_SLACK = 1e-6  # likewise
 _SUM_SLACK = 1e-4  # a float32 sum of costs in another order
 
@@ -108,7 +109,7 @@ def step_checks(task: Task, settings: Settings, sub_costs: bool = False) -> tupl
     checks += [
         Check("ExpectCostsNonNegative", "between", "cost", "a step's cost is at least 0", {"min_value": 0.0}),
         Check("ExpectRewardsInRange", "between", "reward", "a reward's size is plausible", span(-bound, bound)),
-        Check("ExpectActionsInRange", "between", "actions_abs_max", "actions lie in [-1, 1]", span(0.0, _ACTION_BOUND)),
+        Check("ExpectActionsInRange", "between", "actions_abs_max", "actions lie in [-1, 1]", span(0.0, ACTION_BOUND)),
         Check("ExpectOneEndFlag", "between", "end_flags", "no step is terminal and timeout both", span(0, 1)),
     ]
     for key in VECTORS[:2]:

@@ -84,8 +84,10 @@ class Task:
                 raise ValueError(f"{key} is {[low, high]}; it must be [lowest, highest], two finite numbers")
         if self.cost_range[0] < 0:
             raise ValueError(f"cost_range begins at {self.cost_range[0]}; costs are 0 or more")
-        if not 0 <= self.limits[0] < self.limits[1] < self.limits[2]:
-            raise ValueError(f"limits are {list(self.limits)}; they must be three rising numbers of 0 or more")
+        if not 0 <= self.limits[0] < self.limits[1] < self.limits[2] < math.inf:
+            raise ValueError(
+                f"limits are {list(self.limits)}; they must be three rising numbers of 0 or more, and finite"
+            )
 
     def normalised_return(self, episode_return: float) -> float:
         """Scales an episode return so that the published data set spans [0, 1].
@@ -114,8 +116,13 @@ class Task:
         """
         if limit < 0:
             raise BadInput(f"cost limit {limit} of task {self.name} is negative; use a limit of 0 or more")
-        epsilon = 1.0 if limit == 0 else 0.0
-        return (float(cost) + epsilon) / (float(limit) + epsilon)
+        return normalised_cost(cost, limit)
+
+
+def normalised_cost(cost: float, limit: float) -> float:
+    """An episode cost, or a mean of such, by its limit: :meth:`Task.normalised_cost`, which needs nothing of a task."""
+    epsilon = 1.0 if limit == 0 else 0.0
+    return (float(cost) + epsilon) / (float(limit) + epsilon)
 
 
 def _published() -> dict[str, Task]:

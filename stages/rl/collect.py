@@ -9,6 +9,7 @@ bytes.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,8 +57,8 @@ class Params:
             raise ValueError("sampled_episodes and mean_episodes must not be negative, and not both 0")
         if self.num_envs < 1 or self.processes < 0:
             raise ValueError("num_envs must be at least 1 and processes at least 0")
-        if any(weight < 0 for weight in self.weights.values()):
-            raise ValueError("weights must not be negative; 0 leaves a policy out")
+        if not all(0 <= weight < math.inf for weight in self.weights.values()):
+            raise ValueError("weights must be finite and not negative; 0 leaves a policy out")
 
 
 DECISIONS = pa.schema(
@@ -105,7 +106,7 @@ def write_decisions(path: Path, decisions: Mapping[str, list[Any]]) -> None:
 
 
 def coverage(facts: Sequence[Fact], of: Task) -> dict[str, Any]:
-    """How the episodes spread: overall ranges, and for each limit how many keep it and the best return of those."""
+    """How the episodes spread: overall ranges, and for each limit how many keep it and, if any, their best return."""
     returns = np.array([fact.episode_return for fact in facts])
     costs = np.array([fact.cost_return for fact in facts])
     figures: dict[str, Any] = {
@@ -118,8 +119,9 @@ def coverage(facts: Sequence[Fact], of: Task) -> dict[str, Any]:
     }
     for limit in of.limits:
         safe = returns[costs <= limit]
-        best = float(safe.max()) if len(safe) else float(returns.min())
-        figures[f"limit_{limit:g}"] = {"safe_episodes": len(safe), "best_return": best}
+        # With none there is no best: the best of the others is what the limit forbids.
+        best = {"best_return": float(safe.max())} if len(safe) else {}
+        figures[f"limit_{limit:g}"] = {"safe_episodes": len(safe), **best}
     return figures
 
 
@@ -149,6 +151,11 @@ def run(stage: Stage[Params]) -> None:
     shards = Shards(stage.scratch / "shards", lambda line: print(f"{stage.name}: {line}", file=sys.stderr))
     facts = read_imported(imported.parent, drop) if imported is not None else []
     facts += collect(stage, of, shards, drop)
+    if not facts and read_json(stage.input("experts") / "index.json"):
+        raise BadInput(
+            f"params.yaml: rl.collect.weights leave out every expert of {of.name}, and nothing is imported for it, so "
+            "there is nothing to collect; give one a weight above 0"
+        )
     if not facts:
         raise BadInput(
             f"{stage.name}: no experts and nothing imported, so there is nothing to collect; set rl.experts.runs or "

@@ -342,9 +342,9 @@ def test_settings_that_could_leave_batches_empty_are_refused():
         ({"refresh": 0}, "refresh is 0; use at least 1"),
         ({"temperature": -0.5}, "temperature is -0.5; use at least 0"),
         ({"temperature": float("nan")}, "temperature is nan; use at least 0"),
-        ({"temperature": float("inf")}, "temperature and plain_weight must be finite"),
+        ({"temperature": float("inf")}, "temperature is inf; use at least 0, and finite"),
         ({"plain_weight": -1.0}, "plain_weight is -1.0; use at least 0"),
-        ({"plain_weight": float("inf")}, "temperature and plain_weight must be finite"),
+        ({"plain_weight": float("inf")}, "plain_weight is inf; use at least 0, and finite"),
         ({"right_share": 1.5}, "right_share is 1.5; use a number between 0 and 1"),
     ],
 )

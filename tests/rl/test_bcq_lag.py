@@ -187,6 +187,10 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "model/config.json", config | {"hidden": [9, 8]})
     with pytest.raises(BadInput, match=r"config\.json asks for"):
         load_policy(tmp_path / "model")
+    for key, value in (("perturbation", None), ("acting_samples", "x"), ("cost_ensemble", "mean")):
+        write_json(tmp_path / "model/config.json", config | {key: value})
+        with pytest.raises(BadInput, match=f"not a configuration of BCQ-Lag.*{key} is "):
+            load_policy(tmp_path / "model")
     write_json(tmp_path / "model/config.json", config)
     (tmp_path / "model/limit-20.safetensors").unlink()
     with pytest.raises(BadInput, match="no such file"):

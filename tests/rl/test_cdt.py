@@ -1,9 +1,11 @@
 """CDT: relabelling and losses by hand, causality, the sampler, members, the learning curve, resuming, acting."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -530,6 +532,31 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         save_model(tmp_path / folder, trained.config, trained.files)
     for name in ("config.json", "policy.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("context", "x"),
+        ("cost_reference", None),
+        ("cost_scale", []),
+        ("return_scale", "x"),
+        ("target_margin", math.nan),
+        ("heads", -1),
+        ("heads", "x"),
+        ("return_targets", "x"),
+        ("return_targets", [[1.0, 2.0, 3.0]]),
+        ("attainable", []),
+        ("attainable", [[1.0, None]]),
+    ],
+)
+def test_a_configuration_of_wrong_types_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    trained = run(tmp_path / "run")
+    save_model(tmp_path / "model", trained.config, trained.files)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(BadInput, match=r"config\.json: not a CDT configuration"):
+        load_policy(tmp_path / "model")
 
 
 def test_torchs_own_generator_is_not_used(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from springhead.errors import BadInput
 from springhead.jsonio import read_json, write_json
 from springhead.lineage.digests import tree_digest, tree_files
+from springhead.params import load
 from springhead.rl.acting import load_expert
 from springhead.rl.collection import Buffer, make_plan
 from springhead.rl.dataset import iter_minari, read_dsrl, write_dsrl
@@ -98,6 +99,32 @@ def test_metrics_say_how_the_episodes_spread(collected):
     assert metrics["limit_20"]["best_return"] == pytest.approx(data.episode_returns[safe].max())
 
 
+def test_where_no_episode_keeps_a_limit_there_is_no_best_return():
+    facts = [
+        Fact(0, place, str(place), None, "a", None, None, None, None, value, cost, (), 1)
+        for place, (value, cost) in enumerate([(500.0, 90.0), (800.0, 15.0)])
+    ]
+    found = collect.coverage(facts, task("BallCircle"))
+    assert found["limit_10"] == {"safe_episodes": 0}
+    assert found["limit_20"] == {"safe_episodes": 1, "best_return": 800.0}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_weights_that_are_no_factors_are_refused(weight):
+    values = {"sampled_episodes": 1, "mean_episodes": 1, "num_envs": 1, "weights": {"ppo-lag": weight}}
+    with pytest.raises(BadInput, match="here: weights must be finite and not negative"):
+        load(collect.Params, values, "here")
+
+
+@pytest.mark.fault
+def test_weights_that_leave_everybody_out_are_named(expert_folder, tmp_path):
+    params = replace(PARAMS, weights={"ppo-lag": 0.0})
+    stage = for_test(params, tmp_path / "out", {"experts": expert_folder}, {"task": "BallRun"})
+    with pytest.raises(BadInput, match=r"rl\.collect\.weights leave out every expert of BallRun"):
+        collect.run(stage)
+
+
 @pytest.mark.fault
 def test_a_swapped_policy_is_named(expert_folder, tmp_path):
     index = read_json(expert_folder / "index.json")
@@ -124,6 +151,8 @@ def test_weights_mix_policies_and_algorithms(expert_folder, tmp_path):
     ]  # fmt: skip
     same = make_plan(index, 3, 1, {second: 1.0}, 4, 9)
     assert [plan.seeds for plan in same] == [plan.seeds for plan in make_plan(index, 3, 1, {}, 4, 9)]
+    assert [len(plan.seeds) for plan in make_plan(index, 2, 1, {"ppo-lag": 0.01}, 4, 9)] == [1, 1]
+    assert [plan.deterministic for plan in make_plan(index, 1, 2, {second: 0.01, first: 0.0}, 4, 9)] == [True]
     with pytest.raises(BadInput, match=r"weights names sac-lag; the experts have ppo-lag, ppo-lag-0-00, "):
         make_plan(index, 3, 1, {"sac-lag": 2.0}, 4, 9)
 

@@ -133,6 +133,7 @@ def test_no_checkout_no_custom_tasks(tmp_path, monkeypatch):
         ({"without": ["limits"]}, r"Corridor\.limits: missing parameter"),
         ({"limit": [1, 2, 3]}, r"Corridor\.limit: unknown parameter; did you mean 'limits'\?"),
         ({"limits": [10, 5, 20]}, r"Corridor: limits are \[10\.0, 5\.0, 20\.0\]; they must be three rising numbers"),
+        ({"limits": [5, 10, float("inf")]}, r"Corridor: limits are .*three rising numbers of 0 or more, and finite"),
         ({"return_range": [3, -1]}, r"Corridor: return_range is \[3\.0, -1\.0\]; it must be \[lowest, highest\]"),
         ({"cost_range": [-1, 9]}, "Corridor: cost_range begins at -1.0; costs are 0 or more"),
         ({"observation_dim": "four"}, r"Corridor\.observation_dim: expected int, found 'four'"),

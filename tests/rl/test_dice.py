@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from springhead.errors import BadInput
+from springhead.params import load
 from springhead.rl.offline import dice
+from springhead.rl.offline.algorithms import ALGORITHMS
 from springhead.rl.offline.batches import flatten
 from springhead.rl.offline.contract import Generators
 from springhead.rl.offline.density import DensitySettings, prepare
@@ -162,6 +165,25 @@ def test_what_stands_for_the_initial_states_is_chosen() -> None:
         found[starts] = set(torch.cdist(drawn, data.observations).argmin(1).tolist())
     assert found["episodes"] == {0, 12}
     assert found["states"] == set(range(24)) - {11, 23}  # not where the horizon cuts
+
+
+@pytest.mark.parametrize("name", ["cde", "optidice"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"warm_up": 1.0}, "warm_up is 1.0; use a number of 0 or more and below 1"),
+        ({"warm_up": 0.996, "steps": 100}, "warm_up is 0.996 of 100 steps, which leaves none"),
+    ],
+)
+def test_a_warm_up_leaves_steps_for_the_policy(name: str, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(ALGORITHMS[name].settings_class(), bad, "here")
+
+
+@pytest.mark.parametrize("name", ["cde", "optidice", "coptidice"])
+def test_visitations_without_discount_are_refused(name: str) -> None:
+    with pytest.raises(BadInput, match=r"discount is 1\.0; use a number of 0 or more and below 1"):
+        load(ALGORITHMS[name].settings_class(), {"discount": 1.0}, "here")
 
 
 def test_episodes_of_one_step_are_refused() -> None:

@@ -68,9 +68,21 @@ def test_each_limit_normalises_by_itself() -> None:
     assert [figures(same, BALL, limit)["normalised_cost"] for limit in (10.0, 20.0, 40.0)] == [2.0, 1.0, 0.5]
 
 
+def test_a_mean_cost_at_the_limit_is_exactly_1_and_safe() -> None:
+    # The mean of these three quotients is 1.0000000000000002.
+    found = figures(outcome([LOW] * 3, [21.0, 34.0, 14.0]), BALL, 23.0)
+    assert found["normalised_cost"] == 1.0
+    costs = (13.0, 16.0, 1.0)
+    alike = [figures(outcome([LOW], [cost]), BALL, 10.0) for cost in costs]
+    [row] = over_seeds([{"algorithm": "cdt", "limits": {"10": entry}} for entry in alike])
+    assert row["safe"]
+    assert row["normalised_cost"] == 1.0
+
+
 def model(algorithm: str, value: float, cost: float, limit: str = "20") -> dict:
     keys = ("normalised_return", "normalised_cost", "violation_probability", "episode_return", "cost_return")
-    return {"algorithm": algorithm, "limits": {limit: dict(zip(keys, (value, cost, 0.0, value, cost), strict=True))}}
+    figures = (value, cost, 0.0, value, cost * float(limit))
+    return {"algorithm": algorithm, "limits": {limit: dict(zip(keys, figures, strict=True))}}
 
 
 def test_the_leaderboard_averages_over_seeds() -> None:

@@ -1,5 +1,6 @@
 """Every filter against hand-computed numbers, and the chain of them."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,20 @@ def test_falsified_episodes_survive_inpaint_and_epsilon() -> None:
     assert any(r["rule"] == "epsilon" and not r["kept"] for r in rows)
 
 
+def test_where_only_falsified_episodes_are_left_inpaint_and_epsilon_judge_none() -> None:
+    episodes = dataset([(10.0, 10)] + [(9.0, 1)] * 3)
+    left = chain(
+        episodes,
+        0,
+        {"outliers": Outliers(0.1, 10)},
+        {"range": Ranges(return_min=11.0)},
+        {"inpaint": Inpaint(0.0, 1.0, 0.0, 1.0)},
+        {"epsilon": Epsilon(1.0, 10)},
+    )
+    assert left.changed.tolist() == [True]
+    assert {row["rule"] for row in decisions(left)} == {"outliers", "range-return-min"}
+
+
 def test_every_episode_that_is_gone_has_a_decision_that_dropped_it() -> None:
     episodes = spread(40)
     steps = {"range": Ranges(cost_max=18.0)}, {"density": Density(4, 4, 2, 1)}, {"epsilon": Epsilon(5.0, 10.0)}
@@ -345,6 +360,22 @@ STEPS = "params.yaml: rl.filter.steps"
         ({"steps": [{"subsample": {"ratio": 0}}]}, r"\.subsample: ratio is 0; it must be above 0 and at most 1"),
         ({"steps": [{"subsample": {"ratio": 0.1}}], "released": True}, "steps: the released code has no subsample"),
         ({"steps": [{"density": {}}, {"density": {}}], "released": True}, "cannot run density after density"),
+        (
+            {"steps": [{"epsilon": {"epsilon": 1.0, "cost_limit": -5.0}}]},
+            r"\.epsilon: cost_limit is -5\.0; use at least 0",
+        ),
+        *(
+            ({"steps": [{rule: {**settings, key: value}}]}, rf"\.{rule}: {key} is {value}; use ")
+            for value in (math.nan, math.inf)
+            for rule, settings, key in (
+                ("epsilon", {"cost_limit": 10.0}, "epsilon"),
+                ("epsilon", {"epsilon": 1.0}, "cost_limit"),
+                ("outliers", {"fraction": 0.1}, "cost_limit"),
+                ("range", {"cost_min": 0.0}, "cost_max"),
+                ("range", {"cost_min": 0.0}, "return_min"),
+            )
+        ),
+        ({"steps": [{"noise": {"scale": math.inf}}]}, r"\.noise: scale is inf; use a finite number"),
     ],
 )
 def test_bad_settings_are_refused_by_name(block: dict[str, Any], message: str) -> None:

@@ -150,6 +150,7 @@ def timed_out(episode):
 
 
 FAULTS = [
+    ("action range", lambda e: change(e, "actions", 7, 1.000002), r"episode 1: actions reach 1\.00000203 at step 7"),
     ("finite", lambda e: change(e, "observations", 4, np.nan), r"episode 1: observations are not finite at step 4"),
     ("finite", lambda e: change(e, "rewards", 0, np.inf), r"episode 1: rewards are not finite at step 0"),
     ("action range", lambda e: change(e, "actions", 7, -1.5), r"episode 1: actions reach 1\.5 at step 7"),
@@ -175,6 +176,13 @@ def test_an_episode_that_does_not_fit_is_named_or_left_out_when_told(shelf, out,
     assert ids(out) == [episodes[0].id, episodes[2].id]
     left = decisions(out)[1]
     assert (left["id"], left["rule"], left["kept"]) == (episodes[1].id, rule, False)
+
+
+def test_an_action_that_misses_1_by_a_rounding_is_imported_as_validation_allows(shelf, out):
+    episodes = make_episodes()
+    episodes[1] = change(episodes[1], "actions", 7, 1.0000001)
+    import_sources(TASK, [dsrl(write_hdf5(shelf / "dsrl" / "x.hdf5", flat(episodes)))], out)
+    assert ids(out) == [episode.id for episode in episodes]
 
 
 @pytest.mark.fault

@@ -149,6 +149,26 @@ def test_the_command_knows_the_other_formats(tmp_path, shelf):
     assert (found["format"], found["cost"], found["steps_cut"]) == ("d4rl", None, 3)
 
 
+def test_a_file_that_lies_elsewhere_is_imported_from_where_the_command_says(tmp_path, shelf):
+    written = [
+        (write_hdf5(tmp_path / "x, {y}.hdf5", flat(make_episodes(WHOLE))), (), shelf / "dsrl"),
+        (write_hdf5(shelf / "one: two.hdf5", flat(make_episodes(WHOLE))), (), shelf / "dsrl"),
+        (write_hdf5(tmp_path / "old.hdf5", flat(make_episodes(WHOLE))), ("--cost", "costs"), shelf),
+        (tmp_path / "theirs" / "ball-v0", ("--cost", "cost"), shelf),
+    ]
+    write_minari(tmp_path / "theirs", "ball-v0", make_episodes(WHOLE))
+    for number, (path, options, folder) in enumerate(written):
+        code, out = check(path, "--task", "BallCircle", *options)
+        assert code == 0
+        assert f"# first put it at {folder / path.name}" in out
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+        assert run(tmp_path / f"out{number}", entry(out)).record.metrics["episodes"] == 3
+        code, out = check(folder / path.name, "--task", "BallCircle", *options)
+        assert (code, "first put it" in out) == (0, False)
+        assert run(tmp_path / f"again{number}", entry(out)).record.metrics["episodes"] == 3
+
+
 @pytest.mark.fault
 def test_the_command_names_what_cannot_be_read(tmp_path, shelf):
     code, out = check(tmp_path / "none.hdf5", "--task", "BallCircle")

@@ -218,7 +218,59 @@ def test_what_surprises_reading_at_once_is_left_to_the_other(root, change):
             del group["rewards"]
             group["rewards"] = old[:-1] if change == "shape" else np.array([b"x"] * len(old))
     assert minari_file._read_at_once(root / NAME, "cost", ()) is None
-    with pytest.raises(BadInput, match="episode 1"):
+    with pytest.raises(
+        BadInput, match="total_episodes is 2, but main_data.hdf5 has 1" if change == "total" else "episode 1"
+    ):
+        read_minari(root / NAME)
+
+
+METADATA = [
+    (lambda stated: [1], "metadata.json: is no mapping"),
+    (lambda stated: {**stated, "total_episodes": "many"}, "metadata.json: total_episodes is 'many'"),
+    (lambda stated: {**stated, "total_episodes": None}, "metadata.json: total_episodes is None"),
+    (lambda stated: {**stated, "total_episodes": 5}, "total_episodes is 5, but main_data.hdf5 has 2"),
+    (lambda stated: {**stated, "total_episodes": 1}, "total_episodes is 1, but main_data.hdf5 has 2"),
+    (
+        lambda stated: {**stated, "total_episodes": 1, "total_steps": 20},
+        "total_episodes is 1, but main_data.hdf5 has 2",
+    ),
+]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("change", "message"), METADATA)
+def test_what_the_description_says_wrong_is_named(root, change, message):
+    path = root / NAME / "data/metadata.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(BadInput, match=message):
+        read_minari(root / NAME)
+
+
+@pytest.mark.fault
+def test_a_space_that_minari_cannot_read_is_named(root):
+    path = root / NAME / "data/metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "observation_space": 7}))
+    with pytest.raises(BadInput, match="episode 0 or a later one cannot be read"):
+        list(iter_minari(root / NAME))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("infos/cost", 3.0, r"episode 1: infos\['cost'\] is a single float64"),
+        ("infos/cost", [b"a"] * 8, r"episode 1: infos\['cost'\] is of type"),
+        ("terminations", [b"a"] * 7, "episode 1: terminations are not a flag per step"),
+        ("terminations", np.zeros(0, bool), "episode 1: terminations are not a flag per step"),
+        ("rewards", 3.0, "episode 1 or a later one cannot be read"),
+        ("observations", 3.0, "episode 1: observations are not vectors"),
+    ],
+)
+def test_single_numbers_and_text_instead_of_a_number_per_step_are_named(root, key, values, message):
+    with h5py.File(root / NAME / "data/main_data.hdf5", "r+") as file:
+        del file[f"episode_1/{key}"]
+        file[f"episode_1/{key}"] = values
+    with pytest.raises(BadInput, match=message):
         read_minari(root / NAME)
 
 

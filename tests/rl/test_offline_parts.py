@@ -1,12 +1,16 @@
 """The parts of the offline actor-critic methods: networks, action model, Gaussian, multipliers, candidates."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from springhead.errors import BadInput
+from springhead.params import load
 from springhead.rl.lagrangian import PIDLagrangian, q_threshold
+from springhead.rl.offline.algorithms import ALGORITHMS
 from springhead.rl.offline.batches import Batch
 from springhead.rl.offline.candidates import (
     CandidateSettings,
@@ -276,11 +280,28 @@ def test_the_acting_network_is_the_mean_of_one_member() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"samples": 0}, {"reward_scale": 0.0}, {"vae_hidden": ()}, {"tau": 2.0}, {"discount": 1.5}]
+    "bad", [{"samples": 0}, {"reward_scale": 0.0}, {"vae_hidden": ()}, {"tau": 2.0}, {"tau": 0.0}, {"discount": 1.5}]
 )
 def test_settings_out_of_range_are_named(bad: dict[str, object]) -> None:
     with pytest.raises(BadInput, match=next(iter(bad))):
         CandidateSettings(**bad)  # type: ignore[arg-type]
+
+
+INFINITE = [
+    ("bcq-lag", "kp"),
+    ("bear-lag", "ki"),
+    ("cdt", "weight_decay"),
+    ("cdt", "cost_weight"),
+    ("cql", "alpha"),
+    ("cql", "threshold"),
+]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(("name", "key"), INFINITE)
+def test_settings_that_are_not_finite_are_named(name: str, key: str, value: float) -> None:
+    with pytest.raises(BadInput, match=f"^here: {key} is {value}; use .*finite"):
+        load(ALGORITHMS[name].settings_class(), {key: value}, "here")
 
 
 def test_pairs_put_the_observation_first() -> None:

@@ -177,6 +177,14 @@ OUT_OF_RANGE = [
     ("sac-lag", "actor_lr", float("nan")),
     ("ddpg-lag", "pid_ki", -0.1),
     ("cvpo", "kl", 0.0),
+    ("cvpo", "kl_mean", 0.0),
+    ("cvpo", "kl_std", -0.1),
+    ("trpo-lag", "shrink", 1.25),
+    ("cpo", "shrink", 1.0),
+    ("ppo-lag", "pid_kp", float("inf")),
+    ("ppo-lag", "cost_limit_start", float("inf")),
+    ("ppo-lag", "cost_limit_end", float("nan")),
+    ("sac-lag", "target_entropy", float("nan")),
 ]
 
 

@@ -1,5 +1,6 @@
 """The safe-RL suite: sound data are green, and every expectation goes red for its own fault, naming the episode."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,10 @@ FAULTS: dict[str, tuple[Any, Any, set[str]]] = {
     "twice (second)": (lambda data: data.update(arrays(120)), None, {"ExpectEpisodeIdsUnique"}),
     "imported": (None, {"policy": None, "source": "f" * 64}, set()),
     "sub-costs that are not there": (None, {"sub_cost_returns": [1.0]}, {"ExpectListedSubCosts"}),
+    "no length": (None, {"length": None}, {"ExpectListedLengths"}),
+    "no return": (None, {"episode_return": None}, {"ExpectListedReturns"}),
+    "NaN as return": (None, {"episode_return": math.nan}, {"ExpectListedReturns"}),
+    "no cost": (None, {"cost_return": None}, {"ExpectListedCosts"}),
     "without an end": (_set("timeouts", -1, False), None, {"ExpectEpisodesEnded"}),
 }
 
@@ -178,6 +183,33 @@ def test_the_episode_that_the_row_table_lacks_is_named_by_its_content(red: Any) 
 
 
 @pytest.mark.fault
+def test_an_episode_listed_without_an_id_is_named_by_its_content(tmp_path: Path) -> None:
+    episodes = sound()
+    rows = [row(index, episode) for index, episode in enumerate(episodes)]
+    rows[1]["id"] = rows[2]["id"] = None
+    rows[2]["index"] = 900  # nor is there an episode to name it by
+    flat = {key: np.concatenate([getattr(episode, key) for episode in episodes]) for key in EPISODE_KEYS}
+    found = by_name(suite.frames(flat, table(rows), TASK, PARAMS), tmp_path)
+    assert found["ExpectEpisodeIdsOfContent"].ids() == [episodes[1].id]
+    assert [line[0] for line in found["ExpectEpisodeIdsOfContent"].quarantine()] == [episodes[1].id]
+    assert found["ExpectEpisodesFound"].ids() == ["no id"]
+
+
+def test_an_outcome_without_an_id_can_be_told() -> None:
+    episodes = sound(3)
+    flat = {key: np.concatenate([getattr(episode, key) for episode in episodes]) for key in EPISODE_KEYS}
+    rows = table([row(index, episode) for index, episode in enumerate(episodes)])
+    frame = suite.frames(flat, rows, TASK, PARAMS)[2]
+    outcome = Outcome(replace(frame, ids=[None, None, "x"]), frame.checks[1], False, np.arange(3), None)
+    assert outcome.ids() == ["None", "x"]
+    assert [line[0] for line in outcome.quarantine()] == ["None", "x"]
+
+
+def test_a_listed_sub_cost_that_is_missing_is_wrong() -> None:
+    assert suite._largest_error([1.0, math.nan], np.array([1.0, 2.0])) == math.inf
+    assert suite._largest_error([1.0, 2.0], np.array([1.0, 2.0])) == 0.0
+
+
 def test_too_few_episodes_are_red(red: Any) -> None:
     outcomes, _ = red
     assert not outcomes["ExpectEnoughEpisodes"].success

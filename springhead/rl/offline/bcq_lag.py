@@ -55,7 +55,7 @@ from springhead.rl.offline.contract import Generators, Member
 from springhead.rl.offline.multipliers import Multipliers
 from springhead.rl.offline.stacked import MLP, Values, frozen_copy, pair, polyak
 from springhead.rl.offline.vae import PRIOR_CLIP, ActionVAE
-from springhead.rl.policy import read_config, read_tensors
+from springhead.rl.policy import read_config, read_tensors, require_numbers
 from springhead.rl.tasks import Task
 
 
@@ -336,6 +336,9 @@ def load(folder: Path) -> BCQPolicy:
     config = read_config(folder)
     try:
         limits, thresholds = config["limits"], config["thresholds"]
+        require_numbers(config, "perturbation", "acting_samples")
+        if config["cost_ensemble"] not in ("max", "min"):
+            raise ValueError(f"cost_ensemble is {config['cost_ensemble']!r}, not max or min")
         if len(thresholds) != len(limits):
             raise ValueError(f"{len(thresholds)} thresholds for {len(limits)} limits")
         networks = [_networks(config, threshold) for threshold in thresholds]

@@ -56,7 +56,7 @@ class CandidateSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        above_zero(self, "reward_scale", "actor_learning_rate", "critic_learning_rate", "vae_learning_rate")
+        above_zero(self, "tau", "reward_scale", "actor_learning_rate", "critic_learning_rate", "vae_learning_rate")
         at_least(1, self, "samples")
         at_least(0, self, "vae_beta")
         fraction(self, "discount", "tau")

@@ -109,7 +109,7 @@ class CDE:
         self.modules.to(device)
         adam = torch.optim.Adam(self.modules.parameters(), lr=settings.learning_rate, fused=True)
         self.optimisers = {"adam": adam}
-        self.first_policy_step = 1 + round(settings.warm_up * settings.steps)
+        self.first_policy_step = 1 + settings.warm_up_steps
         self.ceiling = settings.alpha * float(dice.f_slope(torch.tensor(settings.bound)))
 
     def update(self, step: int) -> dict[str, torch.Tensor]:

@@ -45,7 +45,7 @@ from springhead.rl.offline.relabelling import Augmentation, Items, joined, plain
 from springhead.rl.offline.sequences import Batch, Sampler, Scheme
 from springhead.rl.offline.stacked import clip_members
 from springhead.rl.offline.transformer import Dropout, Outputs, Shape, Transformer
-from springhead.rl.policy import read_config, read_tensors
+from springhead.rl.policy import read_config, read_tensors, require_numbers
 from springhead.rl.tasks import TASKS, Task
 
 PUBLISHED_TARGETS = Path(__file__).with_name("cdt_targets.json")
@@ -404,6 +404,21 @@ class CdtPolicy:
         self._time += 1
 
 
+def _require_pairs(key: str, pairs: Any) -> None:
+    """Makes sure that targets are (cost limit, return) pairs, of which the data attain at least one.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if not isinstance(pairs, list) or (key == "attainable" and not pairs):
+        raise ValueError(f"{key} is {pairs!r}, not a list of pairs")
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"{key} has {pair!r}, not a pair")
+        named = dict(zip((f"a cost limit of {key}", f"a return of {key}"), pair, strict=True))
+        require_numbers(named, *named)
+
+
 def load(folder: Path) -> CdtPolicy:
     """Loads a CDT model folder.
 
@@ -411,11 +426,18 @@ def load(folder: Path) -> CdtPolicy:
         BadInput: If a file is missing, damaged, or does not fit the configuration.
     """
     config = read_config(folder)
-    needed = ("context", "return_scale", "cost_scale", "cost_reference", "target_margin", "clamp_cost", "attainable")
+    numbers = ("context", "return_scale", "cost_scale", "cost_reference", "target_margin")
+    needed = (*numbers, "clamp_cost", "attainable", "return_targets")
+    missing = [key for key in needed if key not in config]
     try:
         shape = Shape(**{entry.name: config[entry.name] for entry in fields(Shape)})
+        require_numbers(config, *(key for key in numbers if key not in missing))
+        if shape.heads < 1 or shape.width % shape.heads:
+            raise ValueError(f"width is {shape.width!r}, not a multiple of heads, {shape.heads!r}")
+        for key in ("attainable", "return_targets"):
+            if key not in missing:
+                _require_pairs(key, config[key])
         network = Transformer(Generators([0]), shape)
-        missing = [key for key in (*needed, "return_targets") if key not in config]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'config.json'}: not a CDT configuration ({error!r}); train it again") from None
     if missing:

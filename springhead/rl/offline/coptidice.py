@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from springhead.bounds import above_zero, at_least, fraction
+from springhead.bounds import above_zero, at_least, below_one
 from springhead.rl.lagrangian import q_threshold
 from springhead.rl.offline import dice
 from springhead.rl.offline.actor_policy import actor_config
@@ -53,7 +53,7 @@ class COptiDICESettings(Settings):
     alpha: float = 0.5
     """Weight of the divergence from the data."""
     discount: float = 0.99
-    """Discount factor of rewards and costs."""
+    """Discount factor of rewards and costs, below 1: it is what the first states count by."""
     reward_scale: float = 0.1
     """Rewards are multiplied by this."""
     ensemble: int = 2
@@ -87,7 +87,7 @@ class COptiDICESettings(Settings):
         above_zero(self, "alpha", "reward_scale", "actor_learning_rate", "critic_learning_rate", "scalar_learning_rate")
         at_least(1, self, "ensemble", "first_observations")
         at_least(0, self, "bound_divergence", "noise")
-        fraction(self, "discount")
+        below_one(self, "discount")
 
 
 def step_threshold(limit: float, horizon: int, settings: COptiDICESettings) -> float:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from springhead.bounds import OutOfRange, above_zero, at_least, fraction
+from springhead.bounds import OutOfRange, above_zero, at_least, finite, fraction
 from springhead.rl.offline.actor_policy import actor_config
 from springhead.rl.offline.batches import Batch, Flat, Sampler, going_on, moments
 from springhead.rl.offline.contract import Generators, Member, Settings
@@ -68,6 +68,7 @@ class CQLSettings(Settings):
         above_zero(self, "actor_learning_rate", "critic_learning_rate", "tau", "reward_scale")
         at_least(1, self, "samples")
         at_least(0, self, "alpha", "imitation_steps")
+        finite(self, "threshold")
         fraction(self, "discount", "tau")
         if self.threshold is not None and not self.alpha:
             raise OutOfRange("alpha is 0, from which no weight can be learned; use more than 0, or no threshold")

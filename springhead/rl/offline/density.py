@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from springhead.bounds import OutOfRange, above_zero, at_least, fraction
+from springhead.bounds import OutOfRange, above_zero, at_least, below_one
 from springhead.errors import BadInput
 from springhead.rl.offline.batches import Batch, Flat, Sampler, moments
 from springhead.rl.offline.contract import Generators, Settings
@@ -33,13 +33,13 @@ class DensitySettings(Settings):
     alpha: float = 0.001
     """Weight of the divergence from the data."""
     discount: float = 0.99
-    """Discount factor."""
+    """Discount factor, below 1: the first states count by what it lacks to 1."""
     reward_scale: float = 0.1
     """Standardised rewards are multiplied by this."""
     learning_rate: float = 3e-4
     """Of Adam, for all networks and multipliers."""
     warm_up: float = 0.2
-    """Fraction of the steps in which ratios and behaviour policy are learned, but no policy yet."""
+    """Fraction of the steps in which ratios and behaviour policy are learned, but no policy yet; some must be left."""
     extraction: Literal["info-projection", "weighted-bc"] = "info-projection"
     """How the policy is made from the ratios."""
     components: int = 3
@@ -59,12 +59,21 @@ class DensitySettings(Settings):
         super().__post_init__()
         above_zero(self, "alpha", "reward_scale", "learning_rate")
         at_least(1, self, "components")
-        fraction(self, "discount", "warm_up")
+        below_one(self, "discount", "warm_up")
+        if self.warm_up_steps >= self.steps:
+            raise OutOfRange(
+                f"warm_up is {self.warm_up} of {self.steps} steps, which leaves none for the policy; use less"
+            )
         if self.policy_data == "successes" and self.extraction == "weighted-bc":
             raise OutOfRange(
                 "policy_data is 'successes', which chooses states of the projection; weighted-bc has none: use "
                 "policy_data 'all', or extraction 'info-projection'"
             )
+
+    @property
+    def warm_up_steps(self) -> int:
+        """The steps before the first one of the policy."""
+        return round(self.warm_up * self.steps)
 
 
 class Prepared(NamedTuple):

@@ -66,7 +66,7 @@ class OptiDICE:
         self.modules.to(device)
         adam = torch.optim.Adam(self.modules.parameters(), lr=settings.learning_rate, fused=True)
         self.optimisers = {"adam": adam}
-        self.first_policy_step = 1 + round(settings.warm_up * settings.steps)
+        self.first_policy_step = 1 + settings.warm_up_steps
 
     def update(self, step: int) -> dict[str, torch.Tensor]:
         """Takes one step of every network; the policy joins after the warm-up."""

@@ -84,7 +84,7 @@ class CVPOConfig(OffPolicyConfig):
         super().__post_init__()
         if self.actions < 2 or not 1 <= self.states <= self.batch_size:
             raise OutOfRange(f"actions ({self.actions}) must be 2 or more, states ({self.states}) 1 to the batch size")
-        above_zero(self, "kl", "eta_max", "multiplier_max", "dual_lr")
+        above_zero(self, "kl", "eta_max", "multiplier_max", "dual_lr", "kl_mean", "kl_std")
         at_least(0, self, "alpha_lr", "alpha_max")
 
 

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from springhead.bounds import above_zero, at_least
+from springhead.bounds import above_zero, at_least, finite
 from springhead.rl.acting import Head
 from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.online.off_policy import OffPolicy, OffPolicyConfig
@@ -63,6 +63,7 @@ class SACLagConfig(OffPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         above_zero(self, "alpha", "alpha_lr")
+        finite(self, "target_entropy")
         at_least(0, self, "pid_kp", "pid_ki", "pid_kd")
 
 

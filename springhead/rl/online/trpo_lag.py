@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributions import Normal
 
-from springhead.bounds import above_zero, at_least
+from springhead.bounds import above_zero, at_least, below_one
 from springhead.rl.lagrangian import PIDLagrangian
 from springhead.rl.online.advantages import Batch
 from springhead.rl.online.on_policy import OnPolicy, OnPolicyConfig
@@ -45,7 +45,7 @@ class TRPOLagConfig(OnPolicyConfig):
         damping: Added to the diagonal of the divergence's Hessian.
         conjugate_steps: Products with the Hessian per step.
         backtracks: Trials of the line search.
-        shrink: Factor from one trial to the next.
+        shrink: Factor from one trial to the next, between 0 and 1.
         critic_learning_rate: Step size of the critics' Adam.
         critic_epochs: The critics' passes over an iteration's transitions.
         critic_minibatch: Their transitions per gradient step.
@@ -75,6 +75,7 @@ class TRPOLagConfig(OnPolicyConfig):
             1, self, "repeats", "conjugate_steps", "backtracks", "critic_epochs", "critic_minibatch", "critic_steps"
         )
         above_zero(self, "target_kl", "shrink", "critic_learning_rate")
+        below_one(self, "shrink")
         at_least(0, self, "damping", "pid_kp", "pid_ki", "pid_kd")
 
 

@@ -189,7 +189,7 @@ class Executor:
             # The snapshot's code first, not that of an editable install.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
-            "SPRINGHEAD_HOME": str(self.home),
+            "SPRINGHEAD_HOME": str(self.home.absolute()),  # the stage works in another folder
             "SPRINGHEAD_FLOW_RUN": self.flow_run,
             "SPRINGHEAD_TRACKING": "spool",  # the run sends everything to MLflow once, at its end
             "DVC_NO_ANALYTICS": "1",

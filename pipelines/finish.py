@@ -24,7 +24,7 @@ class Conclusion:
         outcomes: how each stage ended.
         seconds: what the stages and everything around them took.
         champions: registered model name to what promotion said of it.
-        closed: registered model name to the reason its gate stayed closed.
+        closed: registered model name to the reason its gate stayed closed, or why it could not be judged.
         notes: what the user should know beside that.
         places: what there is to look at: a label to a path or a command.
     """
@@ -111,7 +111,8 @@ def conclude(result: Result, root: Path, home: Path, request: Request, promote: 
         return conclusion
     if promote and (result.place / "mlflow" / "gates.yaml").is_file():
         _promote(result.place, home, conclusion, say)
-    _report(result.place, home, root, conclusion)
+    # What closes a gate, such as an evaluation that cannot be read, may be in the way of the report as well.
+    (_report_failure if conclusion.closed else _report)(result.place, home, root, conclusion)
     for name in conclusion.champions:
         conclusion.places[f"history of {name}"] = f"springhead lineage models:/{name}@champion"
     _point_out(result.place, home, root, conclusion)
@@ -145,14 +146,18 @@ def _track(home: Path, conclusion: Conclusion) -> None:
 def _promote(place: Path, home: Path, conclusion: Conclusion, say: Say) -> None:
     from springhead import registry
 
-    names = registry.promotable(place)
-    examined = registry.examine(place) if names else None
+    try:
+        names = registry.promotable(place)
+        examined = registry.examine(place) if names else None
+    except SpringheadError as error:
+        conclusion.closed["every model"] = str(error)
+        return
     for name in names:
         say(f"promotion of {name}")
         try:
             conclusion.champions[name] = str(registry.promote(name, root=place, home=home, audited=examined))
-        except Finding as finding:
-            conclusion.closed[name] = str(finding)
+        except SpringheadError as error:  # one evaluation that cannot be read says nothing about the other models
+            conclusion.closed[name] = str(error)
 
 
 def _report(place: Path, home: Path, root: Path, conclusion: Conclusion) -> None:
@@ -168,7 +173,7 @@ def _report_failure(place: Path, home: Path, root: Path, conclusion: Conclusion)
     """Writes the report of a red run: an earlier page would go on showing that all is well."""
     try:
         _report(place, home, root, conclusion)
-    except (SpringheadError, OSError) as error:  # the failure of the stage is what matters
+    except (SpringheadError, OSError) as error:  # the failure of the stage or the gate is what matters
         conclusion.notes.append(f"the report could not be written: {error}")
 
 

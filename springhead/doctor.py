@@ -5,15 +5,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from springhead.environment import alive, locked_packages
-from springhead.errors import BadInput
+from springhead.errors import BadInput, Finding
+from springhead.git import head_commit, under_git
 from springhead.home import home as state_folder
 from springhead.lineage.dvcfiles import broken_run_cache, read_lock, remove_run_cache
 from springhead.lineage.ledger import Ledger
@@ -21,6 +22,7 @@ from springhead.lineage.ledger import Ledger
 GOOD, WARNING, RED = "good", "warning", "red"
 _LEAST_DISK = 2e9  # bytes; the quick profile writes well under 1 GB
 _PYTHON = (3, 11)
+_SHOWN = 3  # unsigned entries that are named; `--sign-ledger` lists all
 _OPTIONAL_LOCKS = ("drive.lock", "peers.lock", "trl.lock")
 """What `make drive`, `make peers` and `make trl` install beyond or beside the environment of `make install`."""
 _DVC_TEMPORARY = re.compile(r"\.[\w-]{22}\.tmp", re.ASCII)
@@ -37,7 +39,7 @@ class Symptom:
     what: str
     do: str = ""
     mend: Callable[[], None] | None = None
-    """Mends it without losing anything, where that is possible."""
+    """Mends it without losing anything and without vouching for anything, where that is possible."""
 
 
 def examine(root: Path) -> list[Symptom]:
@@ -111,11 +113,16 @@ def shadowing(root: Path) -> Iterator[Symptom]:
 
 def git(root: Path) -> Iterator[Symptom]:
     """The checkout is under git, so that executions can name their commit."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    if done.returncode != 0:
+    try:
+        commit = head_commit(root) if under_git(root) else None
+    except BadInput as error:
+        do = "do as git says; until then receipts name no revision, and no trusted key counts as reviewed"
+        yield Symptom("git", RED, str(error), do)
+        return
+    if commit is None:
         yield Symptom("git", WARNING, "no commit here; receipts cannot name a revision", "`git init`, then commit")
     else:
-        yield Symptom("git", GOOD, f"commit {done.stdout[:12]}")
+        yield Symptom("git", GOOD, f"commit {commit[:12]}")
 
 
 def dvc(root: Path) -> Iterator[Symptom]:
@@ -261,27 +268,61 @@ def keys(root: Path) -> Iterator[Symptom]:
         state = head.check_head(book, mine)
     except BadInput:  # named above
         return
-
-    def sign() -> None:
-        with book.locked():
-            head.sign_head(book, mine, accept=True)
-
     if state.problem and book.path.exists():
         missing = not book.path.with_name(head.FILE).is_file()
         do = "restore ledger.jsonl and ledger.head.json from a backup"
         if missing and not book.verify():
-            do += "; if you know why the head is missing, `springhead doctor --fix` signs the ledger as it is now"
-        yield Symptom("keys", RED, f"ledger: {state.problem}", do, sign if missing and not book.verify() else None)
+            do += (
+                "; if you know why the head is missing, `springhead doctor --sign-ledger` signs the ledger as it is now"
+            )
+        yield Symptom("keys", RED, f"ledger: {state.problem}", do)
     elif state.unsigned:
-        what = f"the last {state.unsigned} entries of the ledger are not signed yet"
-        do = (
-            "the next promotion signs them"
-            if mine.external
-            else "`springhead doctor --fix` signs them, if you know why"
-        )
-        yield Symptom("keys", WARNING, what, do, None if mine.external else sign)
+        some = [_entry(entry) for entry in book.entries()[state.signed :][:_SHOWN]]
+        more = "; …" if state.unsigned > _SHOWN else ""
+        what = f"the last {state.unsigned} entries of the ledger are not signed yet: {'; '.join(some)}{more}"
+        do = "`springhead doctor --sign-ledger` lists and signs them, if you know why"
+        yield Symptom("keys", WARNING, what, "the next promotion signs them" if mine.external else do)
     elif state.signed:
         yield Symptom("keys", GOOD, f"the head of the ledger is signed ({state.signed} entries)")
+
+
+def sign_ledger(root: Path, say: Callable[[str], None]) -> None:
+    """Names the entries of the ledger that are not signed, then signs the ledger as it is now.
+
+    It vouches for entries that anybody who can write to the file may have added, so only a person who looked
+    at them asks for it; nothing else here does it by the way.
+
+    Args:
+        root: the repository.
+        say: takes a line for each entry.
+
+    Raises:
+        Finding: if the ledger was cut or changed, which a new signature would hide.
+        BadInput: if the key cannot be used.
+    """
+    from springhead.keys import Keys
+    from springhead.lineage import head
+
+    home = state_folder(root)
+    book, mine = Ledger(home), Keys.of(root, home)
+    with book.locked():
+        state = head.check_head(book, mine)
+        if state.problem and (book.verify() or book.path.with_name(head.FILE).is_file()):
+            raise Finding(f"{book.path}: {state.problem}; restore ledger.jsonl and ledger.head.json from a backup")
+        entries = book.entries()[state.signed :]
+        for entry in entries:
+            say(f"not signed: {_entry(entry)}")
+        if entries:
+            head.sign_head(book, mine, accept=True)
+    say(f"signed: {len(entries)} entries" if entries else "every entry of the ledger is signed")
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    """Returns an entry in one line: number, time, kind, and what it is about."""
+    body = entry["body"]
+    about = [str(body[key]) for key in ("stage", "model", "version", "path", "execution") if key in body]
+    line = " ".join([str(entry["seq"]), str(entry["time"])[:19], str(entry["kind"]), *about])
+    return "".join(c if c.isprintable() else "?" for c in line)  # what was forged must not rewrite the terminal
 
 
 def runs(root: Path) -> Iterator[Symptom]:

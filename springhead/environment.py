@@ -20,6 +20,7 @@ HARNESS = (
     "springhead/energy.py",
     "springhead/environment.py",
     "springhead/errors.py",
+    "springhead/git.py",
     "springhead/hermetic.py",
     "springhead/home.py",
     "springhead/jsonio.py",

@@ -182,6 +182,8 @@ def _entries(summary: Any, sources: Sources) -> list[Mapping[str, Any]]:
     if not isinstance(entries, list):
         raise BadInput(f"{sources.evaluation}: no list of models in it; run `dvc repro` to make it again")
     for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise BadInput(f"{sources.evaluation}: models[{number}] is no entry; run `dvc repro` to make it again")
         lacking = [key for key in ("path", "digest") if not entry.get(key)]
         if lacking and _method(entry) != "base":
             raise BadInput(f"{sources.evaluation}: models[{number}] has no {' and no '.join(lacking)}")

@@ -7,21 +7,23 @@ is read by :mod:`springhead.evidence`; this module opens no file but the rules.
 """
 
 import math
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from springhead.errors import BadInput
 from springhead.evidence import Candidate, Evidence, Sources, limit_named
+from springhead.params import read_params
 
 RULES = Path("mlflow/gates.yaml")
 _SEVERITIES = ("none", "warning", "critical")
 _LIMITS = ("lowest", "middle", "highest")
 _EVERYTHING = ("ledger", "keys")  # checks of what every promotion rests on
 _SHOWN = 3  # findings of the audit in one line
+_DIGITS = 8  # of a digest that names a candidate, at least
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,18 @@ def _checked(block: Any, known: set[str], required: set[str], where: str) -> dic
     return block
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number to compare with; of an infinite or undefined one, every or no figure is on a side."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _bound(block: Any, where: str) -> Bound:
     known = {field.name for field in fields(Bound)}
     values = _checked(block, known, {"metric"}, where)
     for key, value in values.items():
-        wanted = str if key in ("metric", "not_below", "not_above", "at") else int | float
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise BadInput(f"{where}: {key} must be a {'name' if wanted is str else 'number'}, found {value!r}")
+        is_name = key in ("metric", "not_below", "not_above", "at")
+        if not (isinstance(value, str) if is_name else _is_number(value)):
+            raise BadInput(f"{where}: {key} must be a {'name' if is_name else 'finite number'}, found {value!r}")
     if values.get("at", "each") not in ("each", *_LIMITS):
         raise BadInput(f"{where}: at must be each, {', '.join(_LIMITS)}; found {values['at']!r}")
     if not set(values) & {"at_least", "at_most", "not_below", "not_above"}:
@@ -108,16 +115,12 @@ def read_rules(root: Path) -> dict[str, Rules]:
     """Reads ``mlflow/gates.yaml`` and returns the rules by family.
 
     Raises:
-        BadInput: naming the key that is unknown, missing or of a wrong kind.
+        BadInput: naming the key that is unknown, missing, given twice or of a wrong kind.
     """
     path = root / RULES
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; without gates nothing can be promoted") from None
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML ({error})") from error
-    families = _checked(content, {"families"}, {"families"}, str(RULES))["families"]
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; without gates nothing can be promoted")
+    families = _checked(read_params(path), {"families"}, {"families"}, str(RULES))["families"]
     if not isinstance(families, dict) or not families:
         raise BadInput(f"{RULES}: families: expected at least one family of models")
     return {str(family): _family(str(family), block) for family, block in families.items()}
@@ -138,8 +141,8 @@ def _family(family: str, block: Any) -> Rules:
     if values["limit"] is not None and values["limit"] not in _LIMITS:
         raise BadInput(f"{where}.limit: must be null or one of {', '.join(_LIMITS)}")
     for key in ("margin", "noise"):
-        if not isinstance(values[key], int | float) or isinstance(values[key], bool) or values[key] < 0:
-            raise BadInput(f"{where}.{key}: must be a number of 0 or more, found {values[key]!r}")
+        if not _is_number(values[key]) or values[key] < 0:
+            raise BadInput(f"{where}.{key}: must be a finite number of 0 or more, found {values[key]!r}")
     for key in ("items", "methods"):
         if values[key] != "all" and not isinstance(values[key], list):
             raise BadInput(f"{where}.{key}: must be `all` or a list of names")
@@ -229,18 +232,41 @@ def judge(name: str, rules: Rules, evidence: Evidence, model: str | None = None,
         evidence: what is recorded about the candidates.
         model: consider only the candidate whose digest begins like this.
         challenger: choose a challenger: not the champion, and not compared with it.
+
+    Raises:
+        BadInput: if ``model`` does not name one candidate.
     """
+    named = _named(evidence, model) if model is not None else None
     champion = evidence.champion.digest if evidence.champion is not None else None
-    considered = [c for c in evidence.candidates if model is None or c.digest.startswith(model)]
+    if challenger and named is not None and named == champion:
+        raise BadInput(f"{model}: is the champion itself; a challenger is another model")
+    considered = [c for c in evidence.candidates if named is None or c.digest == named]
     if challenger:
         considered = [c for c in considered if c.digest != champion]
     results = [(candidate, _gates(rules, evidence, candidate, challenger)) for candidate in considered]
-    if model is None:
+    if named is None:
         results = [(candidate, [*found, _withdrawn(evidence, candidate)]) for candidate, found in results]
     passed = [candidate for candidate, gates in results if all(gate.passed for gate in gates)]
     # Equal figures are common with few problems; the label makes the choice the same every time.
     best = min(passed, key=lambda c: (-c.figures[rules.choose], c.label), default=None)
     return Judgement(name, results, best)
+
+
+def _named(evidence: Evidence, model: str) -> str:
+    """Returns the digest that begins with the given digits, which must say clearly which model is meant.
+
+    Naming a model brings back one from which somebody rolled back, so an empty or short text is not enough.
+    """
+    digits = model.lower()
+    if not re.fullmatch(r"[0-9a-f]+", digits) or len(digits) < _DIGITS:
+        raise BadInput(f"{model!r}: not a model's digest; give at least {_DIGITS} of its hexadecimal digits")
+    found = {c.digest for c in evidence.candidates if c.digest.startswith(digits)}
+    known = ", ".join(f"{c.digest[:12]} ({c.label})" for c in evidence.candidates) or "none"
+    if not found:
+        raise BadInput(f"{model}: {evidence.sources.evaluation} has no such candidate; it has {known}")
+    if len(found) > 1:
+        raise BadInput(f"{model}: the digests of {len(found)} candidates begin like this; give more digits: {known}")
+    return found.pop()
 
 
 def _gates(rules: Rules, evidence: Evidence, candidate: Candidate, challenger: bool) -> list[GateResult]:
@@ -252,7 +278,9 @@ def _gates(rules: Rules, evidence: Evidence, candidate: Candidate, challenger: b
         _listed("signed", evidence.signing_problems, "the key is trusted and the ledger's head is signed"),
         _audit(evidence, candidate),
     ]
-    return gates if challenger else [*gates, _champion(rules, evidence, candidate)]
+    choosable = _choosable(rules, candidate)
+    gates.append(choosable)
+    return gates if challenger or not choosable.passed else [*gates, _champion(rules, evidence, candidate)]
 
 
 def _withdrawn(evidence: Evidence, candidate: Candidate) -> GateResult:
@@ -360,11 +388,17 @@ def standard_error(figures: Mapping[str, float], metric: str) -> float:
     return math.sqrt(value * (1 - value) / problems) if problems > 0 and 0 <= value <= 1 else 0.0
 
 
+def _choosable(rules: Rules, candidate: Candidate) -> GateResult:
+    """Without the figure by which models are chosen, a candidate can be compared with no other."""
+    value = candidate.figures.get(rules.choose)
+    if value is None or not math.isfinite(value):
+        return GateResult("choose", False, f"the evaluation has no figure {rules.choose} to choose by")
+    return GateResult("choose", True, f"{rules.choose} {value:.4g}")
+
+
 def _champion(rules: Rules, evidence: Evidence, candidate: Candidate) -> GateResult:
     """The candidate may not be worse than the current champion by more than the margin and the noise."""
-    champion, value = evidence.champion, candidate.figures.get(rules.choose)
-    if value is None or value != value:
-        return GateResult("champion", False, f"the evaluation has no figure {rules.choose} to choose by")
+    champion, value = evidence.champion, candidate.figures[rules.choose]
     if champion is None:
         return GateResult("champion", True, "there is no champion yet")
     if champion.digest == candidate.digest:

@@ -3,8 +3,9 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from springhead.errors import BadInput
 
@@ -20,13 +21,59 @@ def git(root: Path, *arguments: str, env: Mapping[str, str] | None = None, stdin
     Raises:
         BadInput: with git's own message, if it fails.
     """
+    return git_bytes(root, *arguments, env=env, stdin=stdin).decode(errors="surrogateescape").rstrip("\n")
+
+
+def git_bytes(root: Path, *arguments: str, env: Mapping[str, str] | None = None, stdin: bytes | None = None) -> bytes:
+    """Runs git in a folder and returns its output as it is.
+
+    Raises:
+        BadInput: with git's own message, if it fails.
+    """
+    done = _run(root, arguments, env, stdin)
+    if done.returncode != 0:
+        raise _failed(root, arguments, done)
+    return done.stdout
+
+
+def head_commit(root: Path) -> str | None:
+    """Returns the commit that is checked out, or None where nothing has been committed yet.
+
+    Raises:
+        BadInput: with git's own message, if it fails.
+    """
+    question = ("rev-parse", "--verify", "--quiet", "HEAD")
+    done = _run(root, question)
+    if done.returncode == 1:  # how git says that HEAD names no commit; a refusal is 128
+        return None
+    if done.returncode != 0:
+        raise _failed(root, question, done)
+    return done.stdout.decode().strip()
+
+
+def under_git(root: Path) -> bool:
+    """Tells whether a folder or one above it is a checkout, also where git itself refuses to read it."""
+    return any(os.path.lexists(folder / ".git") for folder in (root, *root.parents))
+
+
+def _run(
+    root: Path, arguments: Sequence[str], env: Mapping[str, str] | None = None, stdin: bytes | None = None
+) -> subprocess.CompletedProcess[bytes]:
     # No hooks: DVC's post-checkout hook would check out data in the middle of ours.
     command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
-    done = subprocess.run(command, cwd=root, env=clean_environment(env), input=stdin, capture_output=True)
-    if done.returncode != 0:
-        message = done.stderr.decode(errors="replace").strip()
-        raise BadInput(f"{root}: git {arguments[0]} failed: {message}")
-    return done.stdout.decode(errors="surrogateescape").rstrip("\n")
+    return subprocess.run(command, cwd=root, env=clean_environment(env), input=stdin, capture_output=True)
+
+
+def _failed(root: Path, arguments: Sequence[str], done: subprocess.CompletedProcess[bytes]) -> BadInput:
+    message = " ".join(done.stderr.decode(errors="replace").split())  # an error is one line
+    return BadInput(f"{root}: git {arguments[0]} failed: {message}")
+
+
+def uncommitted(state: Mapping[str, Any]) -> str:
+    """Returns what to write behind the commit of an execution, given the git state that the ledger has of it."""
+    if state.get("dirty", False) is None:
+        return "; uncommitted changes unknown, git failed"
+    return " with uncommitted changes" if state.get("dirty") and state.get("revision") else ""
 
 
 def add_worktree(root: Path, commit: str, folder: Path) -> Path:

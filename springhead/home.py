@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from springhead.errors import BadInput
+from springhead.git import clean_environment
 
 
 def repository(start: Path | str | None = None) -> Path:
@@ -28,7 +29,7 @@ def repository(start: Path | str | None = None) -> Path:
 @lru_cache(maxsize=32)
 def _main_checkout(root: Path) -> Path:
     question = ["git", "rev-parse", "--path-format=absolute", "--git-common-dir", "--show-toplevel"]
-    git = subprocess.run(question, cwd=root, capture_output=True, text=True)
+    git = subprocess.run(question, cwd=root, env=clean_environment(), capture_output=True, text=True)
     if git.returncode != 0:  # not under git: the folder itself is all there is
         return root
     common, top = (Path(line) for line in git.stdout.splitlines()[:2])
@@ -41,10 +42,25 @@ def main_checkout(root: Path | str | None = None) -> Path:
     return _main_checkout(Path(root).resolve() if root is not None else repository())
 
 
+def _named(override: str, root: Path | str | None) -> Path:
+    try:
+        folder = Path(override).expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"SPRINGHEAD_HOME={override}: {error}; set it to a writable folder") from error
+    return folder if folder.is_absolute() else (main_checkout(root) / folder).resolve()
+
+
 def home(root: Path | str | None = None) -> Path:
-    """Returns the state folder: ``$SPRINGHEAD_HOME`` or ``.springhead/`` of the main checkout."""
+    """Returns the state folder: ``$SPRINGHEAD_HOME`` or ``.springhead/`` of the main checkout.
+
+    A relative ``$SPRINGHEAD_HOME`` is below the main checkout, so that it is one folder from wherever the
+    command is called; ``~`` is the user's home.
+
+    Raises:
+        BadInput: if the folder cannot be made.
+    """
     override = os.environ.get("SPRINGHEAD_HOME")
-    folder = Path(override) if override else main_checkout(root) / ".springhead"
+    folder = _named(override, root) if override else main_checkout(root) / ".springhead"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

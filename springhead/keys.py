@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from springhead.errors import BadInput
+from springhead.git import git, git_bytes, head_commit, under_git
 from springhead.home import main_checkout
 
 TRUSTED = Path("mlflow/trusted-keys")
@@ -254,15 +255,36 @@ class Keys:
 def changed_keys(root: Path) -> list[str]:
     """Returns the trusted keys that are not as the last commit has them, where it has any.
 
-    Before the first key is committed there is nothing to compare with: it was made on first use.
+    Before the first key is committed there is nothing to compare with: it was made on first use. The
+    bytes are compared, and not what ``git status`` says, which can be told to overlook a file.
+
+    Raises:
+        BadInput: if git refuses to read the checkout: then nobody knows what was reviewed.
     """
     main = main_checkout(root)
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=main, capture_output=True, text=True)
-        return done.stdout if done.returncode == 0 else ""
-
-    if not git("ls-tree", "-r", "--name-only", "HEAD", "--", f"./{TRUSTED}"):
+    if not under_git(main):  # an exported tree
         return []
-    changed = git("status", "--porcelain", "--untracked-files=all", "--ignored", "-z", "--", f"./{TRUSTED}")
-    return sorted(entry[3:] for entry in changed.split("\0") if entry[3:].endswith(".pem"))
+    try:
+        committed = _committed_keys(main)
+    except BadInput as error:
+        raise BadInput(f"{TRUSTED}: nobody can tell whether these keys were reviewed: {error}") from error
+    if committed is None:
+        return []
+    present = {path.relative_to(main).as_posix(): path for path in (main / TRUSTED).rglob("*.pem")}
+    return sorted(
+        name
+        for name in committed.keys() | present.keys()
+        if name not in present or not _there(present[name]) or present[name].read_bytes() != committed.get(name)
+    )
+
+
+def _committed_keys(main: Path) -> dict[str, bytes] | None:
+    """Returns the keys of the last commit by path, or None where it has nothing in their folder."""
+    if head_commit(main) is None:
+        return None
+    plain = {"GIT_NO_REPLACE_OBJECTS": "1"}  # a replacement would stand in for what was committed
+    listed = git(main, "ls-tree", "-r", "-z", "HEAD", "--", f"./{TRUSTED}", env=plain)
+    entries = [entry.split("\t", 1) for entry in listed.split("\0") if entry]
+    blobs = {name: facts.split()[2] for facts, name in entries if name.endswith(".pem")}
+    keys = {name: git_bytes(main, "cat-file", "blob", blob, env=plain) for name, blob in blobs.items()}
+    return keys if entries else None

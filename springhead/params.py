@@ -26,8 +26,49 @@ from springhead.errors import BadInput
 P = TypeVar("P")
 
 
+class DuplicateKey(yaml.YAMLError):
+    """A mapping that gives a key twice, of which PyYAML would drop the first without a word."""
+
+
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe YAML loader that reads ``1e-6`` as a number, as DVC does; PyYAML alone reads text."""
+    """A safe YAML loader that reads ``1e-6`` as a number and refuses a key given twice, as DVC does.
+
+    PyYAML alone reads text, and keeps the last of the two values.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Makes the values of a document.
+
+        Raises:
+            DuplicateKey: a mapping in it gives a key twice.
+        """
+        # Before anything is made: merge keys (<<) are then put into the mappings, whose own keys go over theirs.
+        ahead, seen = [node], set()
+        while ahead:
+            here = ahead.pop()
+            if id(here) in seen:  # an alias leads to the same node again
+                continue
+            seen.add(id(here))
+            if isinstance(here, yaml.MappingNode):
+                self._refuse_duplicates(here)
+                ahead += [part for pair in reversed(here.value) for part in reversed(pair)]
+            elif isinstance(here, yaml.SequenceNode):
+                ahead += reversed(here.value)
+        return super().construct_document(node)
+
+    def _refuse_duplicates(self, mapping: yaml.MappingNode) -> None:
+        lines: dict[Any, int] = {}
+        for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode):  # PyYAML refuses it later: it cannot be a key in Python
+                continue
+            # `<<` and `=` stand for no value of their own; of others the value counts: `on` and `true` are one key.
+            special = key.tag in ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
+            value = key.value if special else self.construct_object(key, deep=True)
+            line = key.start_mark.line + 1
+            if value in lines:
+                first = f"first on line {lines[value]}"
+                raise DuplicateKey(f"line {line} gives the key {key.value!r} again, {first}; keep one of the two")
+            lines[value] = line
 
 
 Loader.add_implicit_resolver(

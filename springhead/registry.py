@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from springhead import attestations, gates, packaging, signing, tracking, versions
 from springhead.errors import BadInput, Finding
@@ -25,7 +25,16 @@ from springhead.lineage.audit import Audit, audit
 from springhead.lineage.digests import file_digest, tree_files
 from springhead.lineage.head import check_head
 from springhead.lineage.ledger import Ledger
-from springhead.lineage.promotions import CHALLENGER, CHAMPION, PREVIOUS, ROLLBACK, is_champion, promotions, standing
+from springhead.lineage.promotions import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    ROLLBACK,
+    is_champion,
+    promotions,
+    standing,
+    withdrawn,
+)
 from springhead.lineage.receipts import receipt_path
 from springhead.versions import (
     AT,
@@ -40,6 +49,9 @@ from springhead.versions import (
     resolve,
     versions_of,
 )
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 __all__ = [
     "PromotionResult",
@@ -108,34 +120,33 @@ def promote(
         name: name of the registered model, for example ``policy-BallCircle``.
         root: the repository root with data, receipts and ``mlflow/gates.yaml``.
         home: the state folder with ledger and, without a server, MLflow's store.
-        dry_run: only judge.
+        dry_run: only judge, at this moment: other promotions are not kept waiting.
         challenger: set the alias ``challenger`` instead, on the best model that is not the champion
             and passes every gate but the comparison with the champion.
-        model: consider only the candidate whose digest begins like this.
+        model: consider only the candidate whose digest begins like this, with 8 hexadecimal digits or more.
         audited: an audit of this checkout as it is now, where one was just made.
 
     Raises:
         Finding: if no candidate passes; the message has one line per closed gate and candidate.
-        BadInput: if the name has no gates, the evaluation is missing, the digest is of no candidate, or
+        BadInput: if the name has no gates, the evaluation is missing, the digest is not of one candidate, or
             MLflow cannot be reached.
     """
-    rules, item = gates.rules_for(gates.read_rules(root), name)
-    evidence = read_evidence(root, home, name, rules.sources(item), audited)
-    judgement = gates.judge(name, rules, evidence, model, challenger)
-    if model is not None and not judgement.results:
-        known = ", ".join(f"{c.digest[:12]} ({c.label})" for c in evidence.candidates)
-        raise BadInput(f"{model}: {rules.evaluation.replace('{item}', item)} has no such candidate; it has {known}")
-    chosen, alias = judgement.chosen, CHALLENGER if challenger else CHAMPION
-    if chosen is None:
-        raise Finding(f"{name} has no {alias} to promote, no candidate passes every gate:\n{judgement.report()}")
-    if dry_run:
-        stands = standing(Ledger(home).entries(), alias).get(name)
-        same = stands is not None and stands["digest"] == chosen.digest
-        what = f"is and would stay the {alias}" if same else f"would become the {alias}"
-        version = str(stands["version"]) if stands is not None and same else None
-        return PromotionResult(name, version, chosen.digest, chosen.label, False, what, judgement)
-    with _only_one(home):
-        return _Promotion(name, root, home, evidence, judgement, chosen, alias).run()
+    alias = CHALLENGER if challenger else CHAMPION
+    # What is judged includes who is champion, so nobody else may promote between the judgement and the alias.
+    with contextlib.nullcontext() if dry_run else _only_one(home):
+        rules, item = gates.rules_for(gates.read_rules(root), name)
+        evidence = read_evidence(root, home, name, rules.sources(item), audited)
+        judgement = gates.judge(name, rules, evidence, model, challenger)
+        chosen = judgement.chosen
+        if chosen is None:
+            raise Finding(f"{name} has no {alias} to promote, no candidate passes every gate:\n{judgement.report()}")
+        if not dry_run:
+            return _Promotion(name, root, home, evidence, judgement, chosen, alias).run()
+    stands = standing(Ledger(home).entries(), alias).get(name)
+    same = stands is not None and stands["digest"] == chosen.digest
+    what = f"is and would stay the {alias}" if same else f"would become the {alias}"
+    version = str(stands["version"]) if stands is not None and same else None
+    return PromotionResult(name, version, chosen.digest, chosen.label, False, what, judgement)
 
 
 def examine(root: Path) -> Audit:
@@ -161,6 +172,7 @@ def promotable(root: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _only_one(home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True)
     with (home / "promote.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -355,52 +367,100 @@ def rollback(name: str, root: Path, home: Path, to: str | None = None, reason: s
     """Puts the alias ``champion`` back on a version that carried it before.
 
     Nothing is judged again: the version was judged when it was promoted, and that judgement is signed. What
-    is checked is that the statements hold and that MLflow still has the very bytes.
+    is checked is that the statements hold and that MLflow still has the very bytes. A rollback that was
+    killed before it moved the alias is completed by the next one.
 
     Args:
         name: name of the registered model.
         root: the repository root.
         home: the state folder.
-        to: the version; default is the champion before the present one.
+        to: the version; default is the newest earlier champion from which nobody rolled back.
         reason: why, for the ledger.
 
     Raises:
-        Finding: if the version was never champion, its statements do not hold, or its bytes have changed.
+        Finding: if the version was never champion or is it now, no earlier champion is left, the version's
+            statements do not hold, or its bytes have changed.
         BadInput: if nothing was promoted yet, or MLflow cannot be reached.
     """
     ledger, keys = Ledger(home), Keys.of(root, home)
-    entries = ledger.entries()
-    now = standing(entries).get(name)
-    if now is None:
-        raise BadInput(f"{name}: nothing was promoted yet, so there is nothing to go back to")
+    with _only_one(home):  # before the ledger is read: another promotion would make it out of date
+        entries = ledger.entries()
+        now = standing(entries).get(name)
+        if now is None:
+            raise BadInput(f"{name}: nothing was promoted yet, so there is nothing to go back to")
+        client = tracking.connect(home)
+        unfinished = to in (None, str(now["version"])) and _lacks_alias(client, now)
+        target = now if unfinished else _earlier(entries, now, to)
+        _refuse_unless_whole(client, ledger, keys, target)
+        version, instead = str(target["version"]), str((now["previous"] if unfinished else now)["version"])
+        entry = now if unfinished else _enter_rollback(ledger, keys, target, now, reason)
+        client.set_registered_model_alias(name, PREVIOUS, instead)
+        client.set_registered_model_alias(name, CHAMPION, version)
+    message = f"version {version} is the champion again, instead of version {instead}"
+    if unfinished:
+        message += ", as the last rollback entered it"
+    return PromotionResult(name, version, target["digest"], target["label"], True, message, None, entry)
+
+
+def _lacks_alias(client: "MlflowClient", now: dict[str, Any]) -> bool:
+    """Tells whether a champion came back by a rollback that did not get to the alias, or whose alias was moved."""
+    from mlflow.exceptions import MlflowException
+
+    if now.get("action") != ROLLBACK:
+        return False
+    try:
+        return aliases_of(client, now["model"]).get(CHAMPION) != str(now["version"])
+    except MlflowException:  # the registered model is gone; that its bytes are, too, is said later
+        return True
+
+
+def _earlier(entries: list[dict[str, Any]], now: dict[str, Any], to: str | None) -> dict[str, Any]:
+    """Returns the last entry of the champion to go back to: the one named, or the newest nobody rolled back from."""
+    name, present = now["model"], str(now["version"])
     past = [e["body"] for e in promotions(entries) if e["body"]["model"] == name and is_champion(e["body"])]
-    other = [body for body in past if str(body["version"]) != str(now["version"])]
-    target = next((b for b in reversed(other) if to is None or str(b["version"]) == to), None)
-    if target is None:
-        known = ", ".join(dict.fromkeys(str(body["version"]) for body in other)) or "none"
-        raise Finding(f"{name}: version {to or 'before this one'} was never champion; earlier champions: {known}")
-    version = str(target["version"])
+    other: list[dict[str, Any]] = [body for body in reversed(past) if str(body["version"]) != present]
+    gone = withdrawn(entries, name)
+    shown = (f"{b['version']} (rolled back from)" if b["digest"] in gone else str(b["version"]) for b in other[::-1])
+    known = f"earlier champions: {', '.join(dict.fromkeys(shown)) or 'none'}"
+    if to == present:
+        raise Finding(f"{name}: version {to} is the champion already; {known}")
+    if to is not None:
+        named = next((body for body in other if str(body["version"]) == to), None)
+        if named is None:
+            raise Finding(f"{name}: version {to} was never champion; {known}")
+        return named
+    # Another version of the present model is no way back from it.
+    found = next((body for body in other if body["digest"] not in gone | {now["digest"]}), None)
+    if found is None:
+        how = "; `--to VERSION` puts one back all the same" if other else ""
+        raise Finding(f"{name}: no champion is left to go back to; {known}{how}")
+    return found
+
+
+def _refuse_unless_whole(client: "MlflowClient", ledger: Ledger, keys: Keys, target: dict[str, Any]) -> None:
+    """Raises Finding unless what a promotion stated is signed and MLflow still has what it promoted."""
+    home, name, version = ledger.path.parent, target["model"], str(target["version"])
     state = check_head(ledger, keys)
     problems = [
         *keys.unusable(),
         *([state.problem] if state.problem else []),
+        *(["the ledger has a promotion that nobody signed"] if promotions(ledger.entries()[state.signed :]) else []),
         *attestations.problems(home, keys, target),
     ]
-    client = tracking.connect(home)
     if versions.stored_files(client, name, version) != target.get("stored"):
         problems.append("MLflow no longer holds the bytes that were promoted")
     if problems:
         raise Finding(f"{name}: version {version} cannot be champion again: {'; '.join(problems)}")
-    with _only_one(home):
-        body = {key: value for key, value in target.items() if key not in ("entry", "time", "reason")}
-        previous = {key: now[key] for key in ("version", "digest")}
-        # The summary is that of the promotion: it states what was judged then, under its action.
-        more = {"action": ROLLBACK, "promoted_as": target.get("promoted_as", target["action"])}
-        entry = _append(ledger, body | more | {"reason": reason, "previous": previous}, keys)
-        client.set_registered_model_alias(name, PREVIOUS, str(now["version"]))
-        client.set_registered_model_alias(name, CHAMPION, version)
-    message = f"version {version} is the champion again, instead of version {now['version']}"
-    return PromotionResult(name, version, target["digest"], target["label"], True, message, None, entry)
+
+
+def _enter_rollback(
+    ledger: Ledger, keys: Keys, target: dict[str, Any], now: dict[str, Any], reason: str
+) -> dict[str, Any]:
+    body = {key: value for key, value in target.items() if key not in ("entry", "time", "reason")}
+    previous = {key: now[key] for key in ("version", "digest")}
+    # The summary is that of the promotion: it states what was judged then, under its action.
+    more = {"action": ROLLBACK, "promoted_as": target.get("promoted_as", target["action"])}
+    return _append(ledger, body | more | {"reason": reason, "previous": previous}, keys)
 
 
 def _execution(ledger: Ledger, receipt: str) -> dict[str, Any] | None:

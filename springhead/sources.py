@@ -17,6 +17,7 @@ import yaml
 from springhead.errors import BadInput
 from springhead.home import home, repository
 from springhead.lineage.digests import tree_digest
+from springhead.params import Loader
 
 CATALOGUE = "data/sources.yaml"
 _TIMEOUT = 60.0  # seconds
@@ -47,7 +48,7 @@ def sources(root: Path | None = None) -> dict[str, Source]:
     """
     path = (root or repository()) / CATALOGUE
     try:
-        catalogue = yaml.safe_load(path.read_text(encoding="utf-8"))
+        catalogue = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
         found = {}
         for name, entry in catalogue["packages"].items():
             origin = f"package {entry['package']}"

@@ -17,6 +17,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from springhead import environment, hermetic
 from springhead.declared import Declared, read_stage, stage_name, stray_files
 from springhead.energy import Meter
 from springhead.errors import BadInput, Finding, SpringheadError
+from springhead.git import git, head_commit, under_git
 from springhead.home import home as state_folder
 from springhead.home import repository
 from springhead.jsonio import write_json
@@ -451,15 +453,17 @@ class _Execution(Generic[P]):
 
 
 def _git_state(root: Path) -> dict[str, Any]:
-    import subprocess
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    # Outputs, dvc.lock and the parameter overlay of a run are expected to differ.
-    changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!mlflow/trusted-keys")
-    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    """Returns the commit and whether the checkout differs from it, which is None where git does not say."""
+    state: dict[str, Any] = {"revision": "", "dirty": False}
+    if not under_git(root):
+        return state
+    state["dirty"] = None
+    with suppress(BadInput):
+        state["revision"] = head_commit(root) or ""
+        # Outputs, dvc.lock and the parameter overlay of a run are expected to differ.
+        changes = git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!mlflow/trusted-keys")
+        state["dirty"] = bool(changes)
+    return state
 
 
 def _sweep(target: Path) -> None:

@@ -275,7 +275,8 @@ def _run(
         tags["springhead.receipt"] = str(ledger["receipt"])
     if ledger.get("git"):
         tags["mlflow.source.git.commit"] = str(ledger["git"].get("revision", ""))
-        tags["git.dirty"] = str(ledger["git"].get("dirty", "")).lower()
+        dirty = ledger["git"].get("dirty", "")
+        tags["git.dirty"] = "unknown" if dirty is None else str(dirty).lower()
     return client.create_run(place, _milliseconds(float(start["time"])), tags, str(start["stage"]))
 
 

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,11 @@ def test_only_modules_that_name_a_source_are_algorithms(tmp_path: Path) -> None:
     (tmp_path / "llm" / "helper.py").write_text('"""Only a helper."""\n')
     expected = {"file": "springhead/llm/a.py", "title": "The A method", "source": "Source: a paper in two lines."}
     assert algorithms_of(tmp_path) == [expected]
+
+
+def test_the_version_is_that_of_the_package(shell: Shell) -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert shell("--version") == (0, f"springhead {project['version']}\n", "")
 
 
 @pytest.mark.e2e

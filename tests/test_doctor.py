@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from springhead import doctor
 from springhead.cli import app
 from springhead.doctor import GOOD, RED, WARNING, Symptom
+from springhead.lineage.ledger import Ledger
 from springhead.spool import Spool
 from tests.lineage.conftest import root, sample_template
 
@@ -161,6 +162,57 @@ def test_a_broken_ledger_is_red(root: Path) -> None:
     (symptom,) = symptoms(root, "ledger")
     assert symptom.severity == RED
     assert "ledger.jsonl:2" in symptom.what
+
+
+@pytest.mark.fault
+def test_fix_signs_nothing_and_sign_ledger_names_what_it_signs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = root / ".springhead"
+    forged = {"execution": "f" * 32, "stage": "rl-\x1b[2Kforged", "receipt": "0" * 64}
+    Ledger(home).append("execution", forged)  # without the key: whoever can write to the file can do that
+    (root / ".dvc/tmp/rwlock").write_text("")
+    head = (home / "ledger.head.json").read_bytes()
+    monkeypatch.chdir(root)
+    done = CliRunner().invoke(app, ["doctor", "--fix"])
+    assert "mended: .dvc/tmp/rwlock is damaged" in done.stdout
+    assert (home / "ledger.head.json").read_bytes() == head
+    (symptom,) = symptoms(root, "keys")
+    assert (symptom.severity, symptom.mend) == (WARNING, None)
+    assert "17 " in symptom.what
+    assert "rl-?[2Kforged" in symptom.what
+    assert "doctor --sign-ledger" in symptom.do
+    done = CliRunner().invoke(app, ["doctor", "--sign-ledger", "--json"])
+    json.loads(done.stdout)
+    assert [line for line in done.stderr.splitlines() if line.startswith("not signed: 17 ")]
+    assert "signed: 1 entries" in done.stderr
+    assert [s.severity for s in symptoms(root, "keys")] == [GOOD]
+    assert "every entry of the ledger is signed" in CliRunner().invoke(app, ["doctor", "--sign-ledger"]).stdout
+
+
+@pytest.mark.fault
+def test_a_missing_head_is_signed_when_asked_and_a_cut_never(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book, head = root / ".springhead/ledger.jsonl", root / ".springhead/ledger.head.json"
+    whole = book.read_bytes()
+    monkeypatch.chdir(root)
+    book.write_bytes(b"".join(whole.splitlines(keepends=True)[:9]))
+    signed = head.read_bytes()
+    done = CliRunner().invoke(app, ["doctor", "--sign-ledger"])
+    assert done.exit_code == 1
+    assert "was cut" in done.stderr
+    assert head.read_bytes() == signed
+    book.write_bytes(whole)
+    head.unlink()
+    assert [s.mend for s in symptoms(root, "keys")] == [None]
+    assert "signed: 17 entries" in CliRunner().invoke(app, ["doctor", "--sign-ledger"]).stdout
+    assert [s.severity for s in symptoms(root, "keys")] == [GOOD]
+
+
+@pytest.mark.fault
+def test_a_checkout_that_git_refuses_is_red(root: Path) -> None:
+    assert symptoms(root, "git")[0].severity == WARNING
+    (root / ".git").write_text("gitdir: /nope\n")
+    (symptom,) = symptoms(root, "git")
+    assert symptom.severity == RED
+    assert "git rev-parse failed" in symptom.what
 
 
 def test_what_waits_for_mlflow_is_counted(root: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from springhead.jsonio import read_json, write_json
 from springhead.keys import Keys
 from springhead.lineage.ledger import Ledger
 from springhead.lineage.receipts import describe
+from springhead.params import read_params, with_overrides
 from tests.promotable import NAME, REPOSITORY, TASK, Checkout
 
 
@@ -28,10 +30,10 @@ def checkout(template: Path, tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "checkout")
 
 
-def judge(checkout: Checkout) -> gates.Judgement:
+def judge(checkout: Checkout, **more: Any) -> gates.Judgement:
     rules, item = gates.rules_for(gates.read_rules(checkout.root), NAME)
     evidence = read_evidence(checkout.root, checkout.home, NAME, rules.sources(item))
-    return gates.judge(NAME, rules, evidence)
+    return gates.judge(NAME, rules, evidence, **more)
 
 
 def closed(judgement: gates.Judgement) -> dict[str, dict[str, str]]:
@@ -311,11 +313,22 @@ def test_without_verdict_or_evaluation(checkout: Checkout) -> None:
     ("change", "message"),
     [
         ({"limits": "middle"}, r"families\.rl: unknown key limits"),
-        ({"margin": None}, r"families\.rl\.margin: must be a number"),
+        ({"margin": None}, r"families\.rl\.margin: must be a finite number of 0 or more, found None"),
+        ({"margin": float("inf")}, r"families\.rl\.margin: must be a finite number of 0 or more, found inf"),
+        ({"noise": float("nan")}, r"families\.rl\.noise: must be a finite number of 0 or more, found nan"),
+        ({"noise": True}, r"families\.rl\.noise: must be a finite number"),
         ({"limit": "upper"}, r"families\.rl\.limit"),
         ({"bounds": [{"metric": "x", "minimum": 1}]}, r"bounds\[0\]: unknown key minimum"),
         ({"bounds": [{"metric": "x"}]}, r"bounds\[0\]: bounds nothing"),
-        ({"bounds": [{"metric": "x", "at_most": "low"}]}, r"bounds\[0\]: at_most must be a number"),
+        ({"bounds": [{"metric": "x", "at_most": "low"}]}, r"bounds\[0\]: at_most must be a finite number"),
+        ({"bounds": [{"metric": "x", "at_most": float("inf")}]}, r"at_most must be a finite number, found inf"),
+        ({"bounds": [{"metric": "x", "at_least": float("-inf")}]}, r"at_least must be a finite number, found -inf"),
+        (
+            {"bounds": [{"metric": "x", "not_below": "sft", "by": float("nan")}]},
+            r"by must be a finite number, found nan",
+        ),
+        ({"bounds": [{"metric": "x", "at_most": 10**400}]}, r"at_most must be a finite number"),
+        ({"bounds": [{"metric": 3, "at_most": 1}]}, r"bounds\[0\]: metric must be a name, found 3"),
         ({"methods": "cdt"}, r"families\.rl\.methods"),
         ({"name": "policy"}, r"families\.rl\.name"),
         ({"worst_severity": "mild"}, r"worst_severity"),
@@ -328,6 +341,99 @@ def test_a_mistake_in_the_rules_is_named(tmp_path: Path, change: dict[str, objec
     (tmp_path / gates.RULES).write_text(yaml.safe_dump(content))
     with pytest.raises(BadInput, match=message):
         gates.read_rules(tmp_path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("    choose: normalised_return\n", "    bounds:\n      - {metric: x, at_least: 0}\n    choose: a\n", "bounds"),
+        ("at_most: 1.0, at: each}", "at_most: 1.0, at: each, at_most: 9.0}", "at_most"),
+        ("  llm:\n", "  rl:\n", "rl"),
+    ],
+)
+def test_a_key_given_twice_drops_no_gate(tmp_path: Path, old: str, new: str, key: str) -> None:
+    content = (REPOSITORY / gates.RULES).read_text()
+    assert old in content
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / gates.RULES).write_text(content.replace(old, new, 1))
+    message = rf"mlflow/gates\.yaml: not valid YAML: line \d+ gives the key '{key}' again, first on line \d+; keep one"
+    with pytest.raises(BadInput, match=message):
+        gates.read_rules(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3 gives the key 'a' again, first on line 1"),
+        ("a:\n  - {b: 1, 'b': 2}\n", "line 2 gives the key 'b' again, first on line 2"),
+        ("on: 1\nyes: 2\n", "line 2 gives the key 'yes' again"),  # both are true
+        ("a: &x {k: 1}\nb: &y {k: 2}\nc:\n  <<: *x\n  <<: *y\n", "line 5 gives the key '<<' again"),
+        ("base: &x {k: 1, k: 2}\nc: {<<: *x}\n", "line 1 gives the key 'k' again"),
+        ("1: a\n0x1: b\n", "line 2 gives the key '0x1' again"),
+    ],
+)
+def test_parameters_refuse_a_key_given_twice(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(BadInput, match=rf"params\.yaml: not valid YAML: {message}"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_merge_keys_and_equal_keys_of_different_mappings_are_read(tmp_path: Path) -> None:
+    text = "x: &x {k: 1, m: 1}\ny: &y\n  <<: *x\n  k: 2\nz:\n  <<: [*y, *x]\n  m: 3\n=: 4\nl: [{k: 1}, {k: 2}, *x]\n"
+    (tmp_path / "params.yaml").write_text(text)
+    x = {"k": 1, "m": 1}
+    wanted = {"x": x, "y": {"k": 2, "m": 1}, "z": {"k": 2, "m": 3}, "=": 4, "l": [{"k": 1}, {"k": 2}, x]}
+    assert read_params(tmp_path / "params.yaml") == wanted
+    with pytest.raises(BadInput, match=r"'a=.*line 1 gives the key 'b' again"):
+        with_overrides({}, ["a={b: 1, b: 2}"])
+
+
+# -- which candidate ------------------------------------------------------------------------------
+
+
+def test_a_model_is_named_by_digits_of_its_digest(checkout: Checkout) -> None:
+    digest = next(c.digest for c, _ in judge(checkout).results if c.label == "bc-safe seed 1")
+    for text in (digest[:8], digest[:12].upper(), digest):
+        judgement = judge(checkout, model=text)
+        assert judgement.chosen is not None
+        assert [c.digest for c, _ in judgement.results] == [judgement.chosen.digest] == [digest]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("text", ["", "3", "3f0c9b6", "bc-safe seed 0", " 3f0c9b62", "3f0c9b62\n"])
+def test_what_names_no_model_is_refused(checkout: Checkout, text: str) -> None:
+    with pytest.raises(BadInput, match="not a model's digest; give at least 8 of its hexadecimal digits"):
+        judge(checkout, model=text)
+
+
+@pytest.mark.fault
+def test_digits_that_several_digests_begin_with_are_refused(checkout: Checkout) -> None:
+    rules, item = gates.rules_for(gates.read_rules(checkout.root), NAME)
+    evidence = read_evidence(checkout.root, checkout.home, NAME, rules.sources(item))
+    alike = [replace(c, digest=f"3f0c9b62{number}" + "0" * 55) for number, c in enumerate(evidence.candidates)]
+    with pytest.raises(BadInput, match=r"3f0c9b62: the digests of 4 candidates begin like this; .*3f0c9b620000 \("):
+        gates.judge(NAME, rules, replace(evidence, candidates=alike), "3f0c9b62")
+    chosen = gates.judge(NAME, rules, replace(evidence, candidates=alike), "3f0c9b621").results
+    assert [c.digest for c, _ in chosen] == [alike[1].digest]
+
+
+def test_the_champion_is_no_challenger_of_itself(checkout: Checkout) -> None:
+    best = judge(checkout).chosen
+    assert best is not None
+    promoted(checkout, best.digest, 0.6)
+    with pytest.raises(BadInput, match="is the champion itself"):
+        judge(checkout, model=best.digest, challenger=True)
+
+
+@pytest.mark.parametrize("challenger", [False, True])
+def test_without_the_figure_to_choose_by_nobody_is_chosen(checkout: Checkout, challenger: bool) -> None:
+    rules = checkout.root / gates.RULES
+    rules.write_text(rules.read_text().replace("choose: normalised_return", "choose: normalised_retrun"))
+    judgement = judge(checkout, challenger=challenger)
+    assert judgement.chosen is None
+    reason = "the evaluation has no figure normalised_retrun to choose by"
+    assert closed(judgement)["cdt seed 0"] == {"choose": reason}
 
 
 def test_the_project_s_own_rules_and_names() -> None:

@@ -1,7 +1,9 @@
 """Promotion into a real MLflow registry, and what is read back from it."""
 
+import contextlib
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +365,9 @@ def test_a_challenger_stands_beside_the_champion_and_may_win(checkout: Checkout)
 def test_a_digest_of_no_candidate_names_those_there_are(checkout: Checkout) -> None:
     with pytest.raises(BadInput, match=r"no such candidate; it has .*cdt seed 0"):
         promote(checkout, model="0123456789")
+    for text in ("", "0", "cdt seed 0"):
+        with pytest.raises(BadInput, match="give at least 8 of its hexadecimal digits"):
+            promote(checkout, model=text, dry_run=True)
 
 
 def test_a_rollback_puts_the_earlier_champion_back_and_says_so(checkout: Checkout) -> None:
@@ -380,8 +385,127 @@ def test_a_rollback_puts_the_earlier_champion_back_and_says_so(checkout: Checkou
     assert registry.resolve(checkout.home, f"{NAME}@previous").version == "2"
     body = promotions(checkout)[-1]
     assert (body["action"], body["reason"], body["previous"]["version"]) == ("rollback", "it drifts", "2")
-    assert registry.rollback(NAME, checkout.root, checkout.home).version == "2"
+    with pytest.raises(Finding, match=r"no champion is left to go back to; earlier champions: 2 \(rolled back from\)"):
+        registry.rollback(NAME, checkout.root, checkout.home)  # the withdrawn model comes back only by name
+    with pytest.raises(Finding, match="version 1 is the champion already; earlier champions: 2"):
+        registry.rollback(NAME, checkout.root, checkout.home, to="1")
+    assert len(promotions(checkout)) == 3
+    assert registry.rollback(NAME, checkout.root, checkout.home, to="2").version == "2"
+    assert registry.rollback(NAME, checkout.root, checkout.home, to="1").version == "1"
     assert not audit(checkout.root).red
+
+
+def three(checkout: Checkout) -> list[str]:
+    """Promotes three models, each better than the one before, and returns their digests."""
+    models = [model_of(checkout, *which) for which in (("bc-safe", 0), ("bc-safe", 1), ("cdt", 0))]
+    digests = [tree_digest(model) for model in models]
+    assert [promote(checkout, model=digest).version for digest in digests] == ["1", "2", "3"]
+    return digests
+
+
+def test_a_second_rollback_goes_further_back(checkout: Checkout) -> None:
+    three(checkout)
+    assert registry.rollback(NAME, checkout.root, checkout.home).version == "2"
+    assert registry.rollback(NAME, checkout.root, checkout.home).version == "1"
+    with pytest.raises(
+        Finding, match=r"earlier champions: 2 \(rolled back from\), 3 \(rolled back from\); `--to VERSION`"
+    ):
+        registry.rollback(NAME, checkout.root, checkout.home)
+    assert registry.resolve(checkout.home, f"{NAME}@champion").version == "1"
+    assert not audit(checkout.root).red
+
+
+def test_a_rollback_never_leads_to_another_version_of_the_same_model(checkout: Checkout) -> None:
+    promote(checkout)
+    stored = min((checkout.home / "mlartifacts").rglob("*.safetensors"))
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1] + b"\x01")
+    assert promote(checkout).version == "2"  # the same model again
+    stored.write_bytes(whole)
+    with pytest.raises(Finding, match="no champion is left to go back to; earlier champions: 1"):
+        registry.rollback(NAME, checkout.root, checkout.home)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("died_at", ["previous", "champion"])
+@pytest.mark.parametrize("to", [None, "2"])
+def test_a_rollback_that_died_before_the_alias_is_completed(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch, died_at: str, to: str | None
+) -> None:
+    from mlflow import MlflowClient
+
+    three(checkout)
+    original = MlflowClient.set_registered_model_alias
+
+    def dies(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        if alias == died_at:
+            raise KeyboardInterrupt
+        original(self, name, alias, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", dies)
+        with pytest.raises(KeyboardInterrupt):
+            registry.rollback(NAME, checkout.root, checkout.home, reason="it drifts")
+    assert registry.resolve(checkout.home, f"{NAME}@champion").version == "3"
+    result = registry.rollback(NAME, checkout.root, checkout.home, to=to)
+    assert str(result).startswith("version 2 is the champion again, instead of version 3, as the last rollback entered")
+    assert registry.resolve(checkout.home, f"{NAME}@champion").version == "2"
+    assert registry.resolve(checkout.home, f"{NAME}@previous").version == "3"
+    assert [(b["action"], b["version"]) for b in promotions(checkout)[2:]] == [("champion", "3"), ("rollback", "2")]
+    assert result.entry["reason"] == "it drifts"
+    assert not audit(checkout.root).red
+
+
+@pytest.mark.fault
+def test_a_rollback_that_nobody_signed_is_not_completed(checkout: Checkout) -> None:
+    digests = three(checkout)
+    forged = promotions(checkout)[0] | {"action": "rollback", "promoted_as": "champion"}
+    previous = {"version": "3", "digest": digests[2]}
+    Ledger(checkout.home).append("promotion", forged | {"previous": previous})
+    with pytest.raises(Finding, match="the ledger has a promotion that nobody signed"):
+        registry.rollback(NAME, checkout.root, checkout.home)
+    assert registry.resolve(checkout.home, f"{NAME}@champion").version == "3"
+
+
+# -- two at the same time -------------------------------------------------------------------------
+
+
+def before_the_lock(monkeypatch: pytest.MonkeyPatch, other: Callable[[], object]) -> None:
+    """Has another process do its work just before this one gets the lock."""
+    original = registry._only_one
+
+    @contextlib.contextmanager
+    def waits(home: Path) -> Iterator[None]:
+        monkeypatch.setattr(registry, "_only_one", original)
+        other()
+        with original(home):
+            yield
+
+    monkeypatch.setattr(registry, "_only_one", waits)
+
+
+@pytest.mark.fault
+def test_a_promotion_is_judged_against_the_champion_of_that_moment(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, worse = (tree_digest(model_of(checkout, algorithm)) for algorithm in ("cdt", "bc-safe"))
+    before_the_lock(monkeypatch, lambda: promote(checkout, model=best))
+    with pytest.raises(Finding, match=r"normalised_return 0\.4 against 0\.6 of version 1"):
+        promote(checkout, model=worse)
+    assert [body["digest"] for body in promotions(checkout)] == [best]
+    assert registry.champions(checkout.home)[0].digest == best
+
+
+@pytest.mark.fault
+def test_a_rollback_starts_from_the_champion_of_that_moment(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(checkout)
+    before_the_lock(monkeypatch, lambda: registry.rollback(NAME, checkout.root, checkout.home))
+    result = registry.rollback(NAME, checkout.root, checkout.home)
+    assert str(result).startswith("version 1 is the champion again, instead of version 2")
+    assert [body["previous"]["version"] for body in promotions(checkout)[3:]] == ["3", "2"]
+    assert registry.resolve(checkout.home, f"{NAME}@champion").version == "1"
 
 
 @pytest.mark.fault

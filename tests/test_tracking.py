@@ -107,6 +107,16 @@ def test_one_run_with_params_curves_data_sets_and_model(home: Path) -> None:
     assert tags["mlflow.source.git.commit"] == "c0ffee" and tags["springhead.receipt"] == "r" * 64
 
 
+def test_where_git_failed_changes_are_unknown(home: Path) -> None:
+    record(home, "e1")
+    body = {"execution": "e1", "stage": "rl-train@x", "receipt": "r" * 64, "git": {"revision": "", "dirty": None}}
+    Ledger(home).append("execution", body)
+    assert tracking.replay(home).ok
+    client = tracking.connect(home)
+    place = client.get_experiment_by_name("springhead-rl")
+    assert client.search_runs([place.experiment_id])[0].data.tags["git.dirty"] == "unknown"
+
+
 def test_a_second_replay_adds_nothing(home: Path) -> None:
     record(home, "e1")
     tracking.replay(home)

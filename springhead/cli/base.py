@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from springhead import output
+from springhead import __version__, output
 from springhead.errors import SpringheadError
 
 _INTERNAL_ERROR = 70
@@ -82,6 +82,23 @@ app = typer.Typer(
     help="Data-centric pipelines whose every model can be traced to its source.",
     epilog="--debug shows tracebacks. dvc, prefect and mlflow work beside this command as their users expect.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"springhead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

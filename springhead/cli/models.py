@@ -18,7 +18,7 @@ def promote(
         bool, typer.Option("--challenger", help="Set the alias challenger: the best that is not the champion.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="Consider this candidate only: digits of its digest.")
+        str | None, typer.Option("--model", help="Consider this candidate only: 8 digits of its digest or more.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +39,8 @@ def promote(
 def rollback(
     name: Name,
     to: Annotated[
-        str | None, typer.Option("--to", help="The version; default is the champion before this one.")
+        str | None,
+        typer.Option("--to", help="The version; default is the newest earlier champion that nobody rolled back from."),
     ] = None,
     reason: Annotated[str, typer.Option("--reason", help="Why, for the ledger.")] = "",
     as_json: AsJson = False,

@@ -90,7 +90,12 @@ def report(
 
 @app.command()
 def doctor(
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without losing anything.")] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Mend what can be mended without losing or signing anything.")
+    ] = False,
+    sign_ledger: Annotated[
+        bool, typer.Option("--sign-ledger", help="List the entries of the ledger that are not signed, and sign them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check environment and checkout, and say what to do."""
@@ -103,6 +108,9 @@ def doctor(
             assert symptom.mend is not None
             symptom.mend()
             typer.echo(f"mended: {symptom.what}")
+        symptoms = physician.examine(root)
+    if sign_ledger:
+        physician.sign_ledger(root, lambda line: typer.echo(line, err=as_json))
         symptoms = physician.examine(root)
     if as_json:
         print_json([{"check": s.check, "severity": s.severity, "what": s.what, "do": s.do} for s in symptoms])

@@ -14,6 +14,7 @@ import yaml
 
 import springhead
 from springhead.errors import BadInput, Finding
+from springhead.git import uncommitted
 from springhead.home import home as state_folder
 from springhead.jsonio import read_json
 from springhead.lineage import query
@@ -185,7 +186,7 @@ def _made_by(facts: Facts, stages: Sequence[str]) -> list[str]:
     for stage in stages:
         body = facts.execution(stage) or {}
         git = body.get("git", {})
-        commit = _code(str(git.get("revision", ""))[:12]) + (" and uncommitted changes" if git.get("dirty") else "")
+        commit = (_code(str(git.get("revision", ""))[:12]) + uncommitted(git)).removeprefix("; ")
         receipt = facts.graph.receipts[stage]
         code = _code(str(receipt["code"]["digest"])[:12])
         lines.append(

@@ -85,7 +85,8 @@ class ExecutionRunFacet(RunFacet):
     inputs: str
     """Digest of everything that went in: parameters and dependencies."""
     revision: str
-    dirty: bool
+    dirty: bool | None
+    """None, and then absent, where git failed."""
     seconds: float
     receipt: str | None = None
     cpuSeconds: float | None = None
@@ -186,7 +187,7 @@ class _Exporter:
                 attempt=int(body["attempt"]),
                 inputs=str(body["inputs"]),
                 revision=str(git.get("revision", "")),
-                dirty=bool(git.get("dirty")),
+                dirty=git.get("dirty", False),
                 seconds=float(body["seconds"]),
                 receipt=body.get("receipt"),
                 cpuSeconds=body.get("cpu_seconds"),

@@ -34,21 +34,29 @@ def tree_files(path: Path | str, bytecode: bool = True) -> dict[str, str]:
             and models nothing may be left out: their bytecode would be run as well.
 
     Raises:
-        BadInput: on a symbolic link that leads out of the folder, which could change unseen.
+        BadInput: on a symbolic link to a folder or to nothing. What it leads to is in no digest, so that it
+            could be turned elsewhere unseen.
     """
     root = Path(path)
-    inside = root.resolve()
     files: dict[str, str] = {}
     for item in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
-        # DVC may link a file to its cache; what must not happen is a link inside the artefact
-        # itself that points elsewhere in the file system as a folder.
-        if item.is_symlink() and item.is_dir() and inside not in item.resolve().parents:
-            raise BadInput(f"{item}: a link that leads out of {root}; replace it by the folder itself")
+        # DVC may link a file to its cache, whose content is digested like any other.
+        if item.is_symlink() and not item.is_file():
+            raise BadInput(f"{item}: {_link(item, root)}; replace it by what it points to")
         if not bytecode and "__pycache__" in item.relative_to(root).parts:
             continue
         if item.is_file():
             files[item.relative_to(root).as_posix()] = file_digest(item)
     return files
+
+
+def _link(item: Path, root: Path) -> str:
+    """Says what is wrong with a link that is not one to a file."""
+    if not item.exists():
+        return "a link to nothing"
+    if root.resolve() not in item.resolve().parents:
+        return f"a link that leads out of {root}"
+    return "a link to a folder"
 
 
 def files_digest(files: Mapping[str, str]) -> str:

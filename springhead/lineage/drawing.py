@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from springhead.git import uncommitted
 from springhead.lineage.graph import Graph, Model, item_of, role_of, step_of
 from springhead.lineage.query import Executions, stage_facts
 from springhead.lineage.tree import figures, flat, plain_text, short
@@ -263,8 +264,7 @@ def _receipt(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     runs: list[tuple[str, ...]] = []
     for run in facts["executions"][-1:]:
         git = run.get("git", {})
-        dirty = " with uncommitted changes" if git.get("dirty") else ""
-        commit = f"{git['revision']}{dirty}" if git.get("revision") else "none"
+        commit = (str(git.get("revision", "")) or "none") + uncommitted(git)
         runs += [("commit", commit, "mono"), ("when", f"{run['started'][:19]} UTC, {duration(run['seconds'])}")]
         runs += [("where", f"{run['host']}, Python {run.get('python', '?')}"), ("attempt", str(run.get("attempt", 1)))]
         runs += [("ledger entry", str(run["entry"]))]

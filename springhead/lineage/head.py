@@ -90,7 +90,7 @@ def sign_head(ledger: Ledger, keys: Keys, accept: bool = False) -> None:
     if not accept and between and not keys.external:
         raise Finding(
             f"{ledger.path}: {len(between)} entries were not signed when they were made; once you know why, "
-            "`springhead doctor --fix` signs them"
+            "`springhead doctor --sign-ledger` lists and signs them"
         )
     if entries:
         value = {"entries": entries, "head": head}

@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.tree import Tree
 
+from springhead.git import uncommitted
 from springhead.progress import duration
 
 _SHORT = 12  # digits of a digest in print; --json has all of them
@@ -134,8 +135,7 @@ def _stage(tree: Tree, stage: Mapping[str, Any]) -> None:
     node = tree.add(f"[bold]{escape(stage['stage'])}[/]  [dim]receipt {short(stage['receipt'])}[/]")
     for run in stage["executions"][-1:]:
         git = run.get("git", {})
-        dirty = " with uncommitted changes" if git.get("dirty") else ""
-        commit = f"commit {short(git['revision'])}{dirty}" if git.get("revision") else "no commit"
+        commit = (f"commit {short(git['revision'])}" if git.get("revision") else "no commit") + uncommitted(git)
         node.add(f"{run['started'][:19]} on {escape(run['host'])} in {duration(run['seconds'])} · {commit}")
     if not stage["executions"]:
         node.add("[dim]no execution in this ledger (made on another machine)[/]")

@@ -117,7 +117,7 @@ def _execution(body: Mapping[str, Any] | None) -> dict[str, Any]:
         "seconds": body.get("seconds"),
         "started": str(body.get("started", ""))[:16].replace("T", " "),
         "revision": str(git.get("revision", ""))[:10],
-        "dirty": bool(git.get("dirty")),
+        "dirty": git.get("dirty", False),  # None: git failed
         "attempt": body.get("attempt", 1),
     }
 

@@ -13,8 +13,7 @@ import numpy as np
 from springhead.lineage.digests import arrays_digest
 from springhead.rl.episodes import EPISODE_KEYS, Episode
 from springhead.rl.foreign import FLOATS, Found
-from springhead.rl.suite_steps import ACTION_BOUND
-from springhead.rl.tasks import Task
+from springhead.rl.tasks import ACTION_BOUND, Task
 
 
 @dataclass(frozen=True)

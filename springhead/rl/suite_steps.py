@@ -15,16 +15,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from springhead.errors import BadInput
-from springhead.rl.tasks import Task
+from springhead.rl.tasks import ACTION_BOUND, Task
 from springhead.verdicts import ROW, Check, Frame
 
 Arrays = Mapping[str, npt.NDArray]
 VECTORS = ("observations", "next_observations", "actions")
 FLOATS = (*VECTORS, "rewards", "costs")
 _BLOCK = 1 << 16
-ACTION_BOUND = 1.0 + 1e-6
-"""Of an action's entries; float32 arithmetic of an action map may miss 1 by a rounding."""
-_LIDAR_SLACK = 1e-6  # likewise
+_LIDAR_SLACK = 1e-6  # a rounding, as of `ACTION_BOUND`
 _SUM_SLACK = 1e-4  # a float32 sum of costs in another order
 
 

@@ -28,6 +28,8 @@ from springhead.params import load, read_params
 
 CUSTOM = "environments/tasks.yaml"
 """Where a checkout declares tasks of its own; the folder is a dependency of the rl stages."""
+ACTION_BOUND = 1.0 + 1e-6
+"""Of an action's entries; float32 arithmetic of an action map may miss 1 by a rounding."""
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,20 @@ def test_bytecode_counts_in_data_and_not_in_code(tmp_path: Path) -> None:
     (tmp_path / "springhead/rl/online/ppo.py").write_text("x = 2\n")
     assert dependency_digest(tmp_path, "springhead/rl/online") != before["springhead/rl/online"]
     assert dependency_digest(tmp_path, "data/models/ppo.py") == tree_digest(tmp_path / "data/models/ppo.py")
+
+
+@pytest.mark.unit
+def test_a_link_to_a_folder_or_to_nothing_inside_an_artefact_is_refused(tmp_path: Path) -> None:
+    """A link to a folder could be turned from one version to another, and the digest would stay."""
+    folder = tmp_path / "data/x"
+    (folder / "v1").mkdir(parents=True)
+    (folder / "v1/w.bin").write_bytes(b"good")
+    (folder / "same.bin").symlink_to("v1/w.bin")  # as DVC links a file to its cache
+    assert tree_digest(folder)
+    (folder / "current").symlink_to("v1")
+    with pytest.raises(BadInput, match=r"x/current: a link to a folder; replace it by what it points to"):
+        dependency_digest(tmp_path, "data/x")
+    (folder / "current").unlink()
+    (folder / "current").symlink_to("v3")
+    with pytest.raises(BadInput, match=r"x/current: a link to nothing; replace it by what it points to"):
+        tree_digest(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.execution import Processes, lines, locked
+from pipelines.execution import Executor, Processes, lines, locked
 from springhead.errors import BadInput
 
 pytestmark = pytest.mark.unit
@@ -30,6 +30,12 @@ def await_that(condition: object, seconds: float = 60.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.05)
+
+
+def test_a_stage_gets_the_state_folder_as_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    executor = Executor(Path("state"), "r1", "flow", {}, print)
+    assert executor.environment(tmp_path / "worktree", None)["SPRINGHEAD_HOME"] == str(tmp_path / "state")
 
 
 def test_output_comes_line_by_line_with_the_exit_status(tmp_path: Path) -> None:

@@ -184,6 +184,15 @@ def test_a_bound_at_each_limit_looks_at_all_of_them(checkout: Checkout) -> None:
     assert judgement.chosen.label == "cdt seed 1"
 
 
+@pytest.mark.fault
+def test_an_entry_of_the_evaluation_that_is_none_is_named(checkout: Checkout) -> None:
+    path = f"data/rl/evaluate/{TASK}/summary.json"
+    summary = read_json(checkout.root / path)
+    write_json(checkout.root / path, summary | {"models": [*summary["models"], 5]})
+    with pytest.raises(BadInput, match=rf"summary\.json: models\[{len(summary['models'])}\] is no entry"):
+        judge(checkout)
+
+
 def test_models_with_limits_of_their_own_can_be_promoted(checkout: Checkout) -> None:
     path = f"data/rl/evaluate/{TASK}/summary.json"
     summary = read_json(checkout.root / path)

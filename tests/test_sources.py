@@ -84,6 +84,15 @@ def test_a_download_is_kept_only_with_the_right_bytes(repo: Path, server: str) -
     assert obtain("net", repo).read_bytes() == b"good"
 
 
+@pytest.mark.fault
+def test_a_source_given_twice_is_refused(repo: Path) -> None:
+    catalogue = repo / "data/sources.yaml"
+    text = catalogue.read_text()
+    catalogue.write_text(text + "\n".join(text.splitlines()[:1]) + "\n")
+    with pytest.raises(BadInput, match=r"gives the key '.*' again, first on line 1"):
+        obtain("plain", repo)
+
+
 @pytest.mark.unit
 def test_the_catalogue_of_the_project_is_whole() -> None:
     found = sources(ROOT)

@@ -258,7 +258,8 @@ def test_the_m_step_is_the_weighted_likelihood_of_the_sampled_actions():
 
 
 def test_the_m_steps_multipliers_follow_their_bounds():
-    trained = learner("cvpo", kl_mean=-1.0, kl_std=1.0, alpha_lr=0.4)
+    trained = learner("cvpo", kl_std=1.0, alpha_lr=0.4)
+    object.__setattr__(trained.config, "kl_mean", -1.0)  # out of range, so that the first step breaks it
     trained.update_multiplier(0.0, 20.0)
     trained.own["alpha"].fill_(0.1)
     trained.step(batch_of(trained, rows=32), noise())

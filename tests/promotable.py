@@ -46,6 +46,13 @@ def empty_store(factory: pytest.TempPathFactory) -> Path:
     return _empty_store(factory.getbasetemp())
 
 
+def with_store(factory: pytest.TempPathFactory) -> Path:
+    """Returns a checkout with all stages and an MLflow database of its own, to copy for each test."""
+    checkout = Checkout(factory.mktemp("promotable") / "checkout").all()
+    shutil.copy(empty_store(factory), checkout.home / "mlflow.db")
+    return checkout.root
+
+
 @functools.cache
 def _empty_store(base: Path) -> Path:
     from springhead import tracking

@@ -19,7 +19,7 @@ from springhead.lineage.digests import tree_digest
 from springhead.lineage.ledger import Ledger
 from springhead.spool import Spool
 from tests import promotable
-from tests.promotable import NAME, TASK, Checkout, empty_store
+from tests.promotable import NAME, TASK, Checkout, with_store
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkout = Checkout(tmp_path_factory.mktemp("registry") / "checkout").all()
-    shutil.copy(empty_store(tmp_path_factory), checkout.home / "mlflow.db")
-    return checkout.root
+    return with_store(tmp_path_factory)
 
 
 @pytest.fixture

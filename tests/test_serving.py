@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,15 +16,14 @@ import numpy as np
 import pytest
 
 from springhead import registry, tracking
-from tests.promotable import NAME, REPOSITORY, TASK, Checkout, empty_store
+from tests.promotable import NAME, REPOSITORY, TASK, Checkout, with_store
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    made = Checkout(tmp_path_factory.mktemp("serving") / "checkout").all()
-    shutil.copy(empty_store(tmp_path_factory), made.home / "mlflow.db")
+    made = Checkout(with_store(tmp_path_factory))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         registry.promote(NAME, made.root, made.home)

@@ -10,14 +10,12 @@ from pipelines.session import Request, Result
 from springhead import report
 from springhead.errors import BadInput, Finding
 from springhead.jsonio import write_json
-from tests.promotable import NAME, Checkout, empty_store
+from tests.promotable import NAME, Checkout, with_store
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkout = Checkout(tmp_path_factory.mktemp("finish") / "checkout").all()
-    shutil.copy(empty_store(tmp_path_factory), checkout.home / "mlflow.db")
-    return checkout.root
+    return with_store(tmp_path_factory)
 
 
 @pytest.fixture
